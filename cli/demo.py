@@ -1,0 +1,5 @@
+"""`byol-deploy demo`: being written."""
+
+
+def demo() -> None:
+    raise SystemExit("being written")

@@ -1,0 +1,5 @@
+"""`byol-deploy doctor`: being written."""
+
+
+def doctor() -> None:
+    raise SystemExit("being written")

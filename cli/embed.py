@@ -1,0 +1,5 @@
+"""`byol-deploy embed`: being written."""
+
+
+def embed() -> None:
+    raise SystemExit("being written")

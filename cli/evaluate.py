@@ -1,0 +1,5 @@
+"""`byol-deploy evaluate`: being written."""
+
+
+def evaluate() -> None:
+    raise SystemExit("being written")

@@ -1,0 +1,5 @@
+"""`byol-deploy export`: being written."""
+
+
+def export() -> None:
+    raise SystemExit("being written")

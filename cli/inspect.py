@@ -1,0 +1,5 @@
+"""`byol-deploy inspect`: being written."""
+
+
+def inspect() -> None:
+    raise SystemExit("being written")

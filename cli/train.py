@@ -1,0 +1,5 @@
+"""`byol-deploy train`: being written."""
+
+
+def train() -> None:
+    raise SystemExit("being written")

@@ -1,0 +1,5 @@
+"""`byol-deploy verify`: being written."""
+
+
+def verify() -> None:
+    raise SystemExit("being written")
