@@ -23,6 +23,7 @@ without a trace; any other exception is our own bug, keeps its trace and exits w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class ByolDeployError(Exception):
@@ -92,10 +93,20 @@ class MissingExtraError(MissingError):
         self.package = package
         self.extra = extra
         super().__init__(
-            f"{what} needs the package {package}, which is not installed; "
-            f"run: pip install 'byol-deploy[{extra}]'"
+            f"{what} needs the package {package}, which is not installed; run: pip install 'byol-deploy[{extra}]'"
         )
 
 
 class ProviderError(MissingError):
     """The execution provider or device that was asked for is not the one that would run."""
+
+
+def require_packages(what: str, extra: str, *packages: str) -> None:
+    """Check that ``packages`` can be imported, without importing them.
+
+    Raises:
+        MissingExtraError: Names the first one that is absent and the ``extra`` that brings it.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtraError(what, package, extra)

@@ -17,9 +17,9 @@ GARMENTS = Path(__file__).resolve().parent.parent / "byol_deploy" / "data" / "fa
 
 def garments(count_per_class: int, first: int = 0) -> list[tuple[int, np.ndarray]]:
     """(class, 28 x 28 uint8) pairs of the vendored Fashion-MNIST, in file order, classes in turn."""
-    images = np.frombuffer(gzip.open(GARMENTS / "t10k-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-    labels = np.frombuffer(gzip.open(GARMENTS / "t10k-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
-    images = images.reshape(-1, 28, 28)
+    packed = {name: (GARMENTS / f"t10k-{name}-ubyte.gz").read_bytes() for name in ("images-idx3", "labels-idx1")}
+    images = np.frombuffer(gzip.decompress(packed["images-idx3"]), np.uint8, offset=16).reshape(-1, 28, 28)
+    labels = np.frombuffer(gzip.decompress(packed["labels-idx1"]), np.uint8, offset=8)
     pairs = []
     for label in range(10):
         rows = np.flatnonzero(labels == label)[first : first + count_per_class]
@@ -67,5 +67,6 @@ def tiny_bundle(tiny_run: Path, fashion: Path) -> Path:
     """The bundle of ``tiny_run`` in ONNX and TorchScript. Read only: copy it before you break it."""
     from byol_deploy import export
 
+    checkpoint = tiny_run / "checkpoints" / "last.ckpt"
     out = tiny_run.parent / "tiny-bundle"
-    return Path(export(tiny_run / "checkpoints" / "last.ckpt", formats=("onnx", "torchscript"), out=out, data=fashion).path)
+    return Path(export(checkpoint, formats=("onnx", "torchscript"), out=out, data=fashion).path)
