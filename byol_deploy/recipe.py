@@ -5,6 +5,8 @@ file may name only what differs from those defaults. ``auto`` values are settled
 the copy in a run directory says what was done.
 """
 
+# ruff: noqa: RUF009 -- the settings' defaults are made by functions that carry their checks
+
 from __future__ import annotations
 
 import difflib
