@@ -1,1 +1,1 @@
-"""Being written."""
+"""The training half: needs PyTorch, Lightning, torchvision and timm (extra ``train``)."""
