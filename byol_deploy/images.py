@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from byol_deploy.errors import DataError, UsageError
 
@@ -218,7 +218,7 @@ def _suffixes() -> frozenset[str]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "it is not an image file, or one that is damaged at its start"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -7,7 +7,6 @@ in every exported file, so training and deployment cannot drift apart. Resize an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -206,7 +205,8 @@ def _is_triple(value: object) -> bool:
         isinstance(value, tuple | list)
         and len(value) == 3
         and all(
-            isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+            # False for NaN and infinities too.
+            isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e6
             for number in value
         )
     )

@@ -1,0 +1,448 @@
+"""The manifest of an exported model: typed, written as JSON, read as data from a stranger.
+
+Reading is strict about what it knows: every fault is listed in one error. Keys that it does not know are ignored (a
+later 0.x may add information) except in ``input``, where an unknown key would be a preprocessing step silently left
+out. What changes the meaning of a known key raises ``schema``, and then ``readable_from`` names the version to install.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from byol_deploy import __version__
+from byol_deploy.errors import BundleError
+from byol_deploy.preprocess import Preprocessing
+
+SCHEMA = 1
+"""The manifest schema that this version writes and reads."""
+READABLE_FROM = "0.1.0"
+"""The first version that reads :data:`SCHEMA`."""
+
+_MAX_ITEMS = 100_000
+_MAX_TEXT = 4096
+_VERSION = re.compile(r"\d+(\.\d+){0,3}[0-9a-z.+-]{0,20}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PARAMETER_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+_WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of the graph: its name and its width D; values are (N, D) float32."""
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True)
+class ExtraFile:
+    """A file that belongs to an artefact, such as ONNX external data."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GoldenFile:
+    """Where the golden cases lie and how many there are."""
+
+    file: str
+    sha256: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One written model file.
+
+    Attributes:
+        file: Path inside the bundle, with forward slashes.
+        format: e.g. "onnx", "torchscript".
+        precision: e.g. "fp32".
+        sha256: 64 lower-case hexadecimal digits.
+        bytes: Its size.
+        extra_files: What must lie beside it.
+        parity: The verdict of the comparison with the trained model, ``ParityReport.to_dict()``.
+        host: Machine and versions with which it was compared.
+    """
+
+    file: str
+    format: str
+    precision: str
+    sha256: str
+    bytes: int
+    extra_files: tuple[ExtraFile, ...] = ()
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    host: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was exported, and from where.
+
+    Attributes:
+        backbone: e.g. "timm/resnet10t".
+        width: Width of the embedding.
+        parameters: Number of parameters in the exported graph.
+        parameter_hash: :func:`byol_deploy.bundle.parameter_hash` of the online tensors.
+        checkpoint_sha256: SHA-256 of the checkpoint file.
+        global_step: Optimiser steps of the training, None when the checkpoint does not say.
+        epoch: Epochs of the training, None when the checkpoint does not say.
+        backbone_args: Keyword arguments of the backbone.
+        stripped_keys: State-dict keys of the checkpoint that were left out: the momentum branch.
+        branch: Always "online": the momentum branch is not reachable from the graph.
+    """
+
+    backbone: str
+    width: int
+    parameters: int
+    parameter_hash: str
+    checkpoint_sha256: str
+    global_step: int | None = None
+    epoch: int | None = None
+    backbone_args: Mapping[str, Any] = field(default_factory=dict)
+    stripped_keys: tuple[str, ...] = ()
+    branch: Literal["online"] = "online"
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """The input of the graph: (N, size_px, size_px, 3) uint8 RGB, made by ``preprocessing``."""
+
+    preprocessing: Preprocessing
+    name: str = "images"
+    dtype: Literal["uint8"] = "uint8"
+    layout: Literal["NHWC"] = "NHWC"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a bundle says about itself.
+
+    Attributes:
+        model: What was exported.
+        input: What the graph takes.
+        outputs: What it gives, in order.
+        limits: For each output what a self-test may differ by: ``noise_rel_l2``, ``rel_l2``, ``cosine``.
+        golden: Where the golden cases lie.
+        artefacts: The written files; empty in the copy that a lone file carries.
+        recipe: The training recipe, None when it is not known.
+        written_by: Versions by package name.
+        created: UTC time, ISO 8601.
+        schema: Schema version.
+        readable_from: First version of byol-deploy that reads this schema.
+    """
+
+    model: ModelInfo
+    input: InputContract
+    outputs: tuple[Output, ...]
+    limits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    golden: GoldenFile | None = None
+    artefacts: tuple[Artefact, ...] = ()
+    recipe: Mapping[str, Any] | None = None
+    written_by: Mapping[str, str] = field(default_factory=lambda: {"byol-deploy": __version__})
+    created: str = ""
+    schema: int = SCHEMA
+    readable_from: str = READABLE_FROM
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing of the input."""
+        return self.input.preprocessing
+
+    def output(self, name: str) -> Output:
+        """The output called ``name``.
+
+        Raises:
+            BundleError: There is none. The message lists what there is.
+        """
+        for output in self.outputs:
+            if output.name == name:
+                return output
+        raise BundleError(f"the model has no output {name!r}; it has {', '.join(item.name for item in self.outputs)}")
+
+    def carried(self, golden: GoldenFile) -> Manifest:
+        """The copy that travels inside a lone file: no artefacts, since a file cannot hold its own hash."""
+        return replace(self, artefacts=(), golden=golden)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values in the order in which a person reads them."""
+        model = self.model
+        document: dict[str, Any] = {
+            "schema": self.schema,
+            "readable_from": self.readable_from,
+            "written_by": dict(self.written_by),
+            "created": self.created,
+            "model": {
+                "backbone": model.backbone,
+                "backbone_args": dict(model.backbone_args),
+                "width": model.width,
+                "branch": model.branch,
+                "parameters": model.parameters,
+                "parameter_hash": model.parameter_hash,
+                "checkpoint_sha256": model.checkpoint_sha256,
+                "global_step": model.global_step,
+                "epoch": model.epoch,
+                "stripped_keys": list(model.stripped_keys),
+            },
+            "input": {
+                "name": self.input.name,
+                "dtype": self.input.dtype,
+                "layout": self.input.layout,
+                **self.input.preprocessing.to_dict(),
+            },
+            "outputs": [{"name": output.name, "width": output.width} for output in self.outputs],
+            "limits": {name: dict(limit) for name, limit in self.limits.items()},
+        }
+        if self.golden is not None:
+            document["golden"] = vars(self.golden).copy()
+        document["artefacts"] = [
+            {
+                **vars(artefact),
+                "extra_files": [vars(extra).copy() for extra in artefact.extra_files],
+                "parity": dict(artefact.parity),
+                "host": dict(artefact.host),
+            }
+            for artefact in self.artefacts
+        ]
+        document["recipe"] = None if self.recipe is None else dict(self.recipe)
+        return document
+
+    def to_json(self) -> str:
+        """JSON text that :meth:`from_json` reads. A number that is not finite is a bug and a ValueError."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``."""
+        (folder / "manifest.json").write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str | bytes, name: str = "the manifest") -> Manifest:
+        """Parse JSON text from a stranger.
+
+        Raises:
+            BundleError: Not JSON, or what :meth:`from_dict` refuses.
+        """
+        try:
+            data = json.loads(text, parse_constant=_no_constant)
+            # JSON can spell half a surrogate pair, which no terminal and no file takes.
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise BundleError(f"{name} is not JSON: {reason}; copy or export it again") from None
+        return cls.from_dict(data, name)
+
+    @classmethod
+    def from_dict(cls, data: object, name: str = "the manifest") -> Manifest:
+        """Check and type the values of a parsed manifest.
+
+        Raises:
+            BundleError: It has another schema (the message names the version that reads it), or faults (all listed).
+        """
+        if not isinstance(data, Mapping):
+            raise BundleError(f"{name} is a JSON {type(data).__name__}, not an object; copy or export it again")
+        _check_schema(data, name)
+        read = _Reader(data)
+        model = read.section("model")
+        manifest_input = read.section("input")
+        try:
+            contract = InputContract(
+                _preprocessing(manifest_input),
+                manifest_input.text("name", _NAME),
+                manifest_input.choice("dtype", "uint8"),
+                manifest_input.choice("layout", "NHWC"),
+            )
+        except ValueError as error:
+            read.faults.append(f"input: {error}")
+            contract = InputContract(Preprocessing(1))
+        outputs = tuple(Output(item.text("name", _NAME), item.count("width", 1)) for item in read.items("outputs"))
+        names = [output.name for output in outputs]
+        if not names or len(set(names)) != len(names):
+            read.faults.append(f"outputs are {names}; there must be at least one, each with its own name")
+        golden = _golden(read.section("golden")) if data.get("golden") is not None else None
+        manifest = cls(
+            model=ModelInfo(
+                backbone=model.text("backbone"),
+                width=model.count("width", 1),
+                parameters=model.count("parameters"),
+                parameter_hash=model.text("parameter_hash", _PARAMETER_HASH),
+                checkpoint_sha256=model.text("checkpoint_sha256", _SHA256),
+                global_step=model.optional_count("global_step"),
+                epoch=model.optional_count("epoch"),
+                backbone_args=model.mapping("backbone_args"),
+                stripped_keys=model.texts("stripped_keys"),
+                branch=model.choice("branch", "online"),
+            ),
+            input=contract,
+            outputs=outputs,
+            limits=_limits(read.section("limits")),
+            golden=golden,
+            artefacts=tuple(_artefact(item) for item in read.items("artefacts")) if "artefacts" in data else (),
+            recipe=read.mapping("recipe") if data.get("recipe") is not None else None,
+            written_by={key: str(value)[:_MAX_TEXT] for key, value in read.mapping("written_by").items()},
+            created=read.text("created"),
+            readable_from=read.text("readable_from", _VERSION),
+        )
+        if read.faults:
+            shown = "; ".join(read.faults[:20])
+            raise BundleError(f"{name} has {len(read.faults)} fault(s): {shown}; copy or export it again")
+        return manifest
+
+
+def is_plain_path(name: str) -> bool:
+    """Whether ``name`` is a relative path with forward slashes that stays in its folder on every system."""
+    parts = name.split("/")
+    return (
+        0 < len(name) <= 255
+        and not any(char in '\\:*?"<>|' or ord(char) < 32 for char in name)
+        and not any(part in ("", ".", "..") or part != part.strip(" ") or part.endswith(".") for part in parts)
+        and not any(_WINDOWS_RESERVED.fullmatch(part) for part in parts)
+    )
+
+
+class _Reader:
+    """Reads typed values from one JSON object and notes every fault with its place."""
+
+    def __init__(self, data: Mapping[str, Any], place: str = "", faults: list[str] | None = None) -> None:
+        self.data = data
+        self.place = place
+        self.faults: list[str] = [] if faults is None else faults
+
+    def fault(self, key: str, expected: str) -> None:
+        where = f"{self.place}.{key}" if self.place else key
+        found = f"is {_short(self.data[key])}" if key in self.data else "is missing"
+        self.faults.append(f"{where} {found}; it must be {expected}")
+
+    def text(self, key: str, pattern: re.Pattern[str] | None = None) -> str:
+        value = self.data.get(key)
+        if not isinstance(value, str) or len(value) > _MAX_TEXT or (pattern and not pattern.fullmatch(value)):
+            self.fault(key, f"text like {pattern.pattern}" if pattern else "text")
+            return ""
+        return value
+
+    def path(self, key: str) -> str:
+        value = self.text(key)
+        if value and not is_plain_path(value):
+            self.fault(key, "a path that stays in the bundle, such as model.onnx")
+        return value
+
+    def choice(self, key: str, only: Any) -> Any:
+        if self.data.get(key) != only:
+            self.fault(key, repr(only))
+        return only
+
+    def count(self, key: str, low: int = 0) -> int:
+        value = self.data.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
+            self.fault(key, f"a whole number from {low}")
+            return low
+        return value
+
+    def optional_count(self, key: str) -> int | None:
+        return self.count(key) if self.data.get(key) is not None else None
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.data.get(key)
+        if not isinstance(value, Mapping):
+            self.fault(key, "an object")
+            return {}
+        return value
+
+    def sequence(self, key: str) -> Sequence[Any]:
+        value = self.data.get(key)
+        if not isinstance(value, list) or len(value) > _MAX_ITEMS:
+            self.fault(key, f"a list of at most {_MAX_ITEMS} items")
+            return []
+        return value
+
+    def section(self, key: str) -> _Reader:
+        return _Reader(self.mapping(key), f"{self.place}.{key}" if self.place else key, self.faults)
+
+    def items(self, key: str) -> list[_Reader]:
+        values = self.sequence(key)
+        if not all(isinstance(value, Mapping) for value in values):
+            self.fault(key, "a list of objects")
+            return []
+        return [_Reader(value, f"{key}[{number}]", self.faults) for number, value in enumerate(values)]
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        values = self.sequence(key)
+        if not all(isinstance(value, str) and len(value) <= _MAX_TEXT for value in values):
+            self.fault(key, "a list of texts")
+            return ()
+        return tuple(values)
+
+
+def _check_schema(data: Mapping[str, Any], name: str) -> None:
+    schema = data.get("schema")
+    if schema == SCHEMA and not isinstance(schema, bool):
+        return
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise BundleError(
+            f"{name} is not a byol-deploy manifest: its schema is {_short(schema)}; pass an export of ours"
+        )
+    since = data.get("readable_from")
+    version = since if isinstance(since, str) and _VERSION.fullmatch(since) else None
+    install = f"'byol-deploy>={version}'" if version else "--upgrade byol-deploy"
+    raise BundleError(
+        f"{name} has schema {_short(schema)}; byol-deploy {__version__} reads schema {SCHEMA}. "
+        f"{'Version ' + version if version else 'A newer version'} reads it: pip install {install}"
+    )
+
+
+def _preprocessing(section: _Reader) -> Preprocessing:
+    own = {"name", "dtype", "layout"}
+    return Preprocessing.from_dict({key: value for key, value in section.data.items() if key not in own})
+
+
+def _golden(section: _Reader) -> GoldenFile:
+    return GoldenFile(section.path("file"), section.text("sha256", _SHA256), section.count("count", 1))
+
+
+def _limits(section: _Reader) -> dict[str, Mapping[str, float]]:
+    limits: dict[str, Mapping[str, float]] = {}
+    for name in section.data:
+        values = section.mapping(name)
+        if not all(_is_finite(value) for value in values.values()):
+            section.fault(name, "an object of finite numbers")
+        else:
+            limits[name] = {key: float(value) for key, value in values.items()}
+    return limits
+
+
+def _artefact(item: _Reader) -> Artefact:
+    extra = [
+        ExtraFile(entry.path("file"), entry.text("sha256", _SHA256), entry.count("bytes"))
+        for entry in item.items("extra_files")
+    ]
+    return Artefact(
+        file=item.path("file"),
+        format=item.text("format", _NAME),
+        precision=item.text("precision", _NAME),
+        sha256=item.text("sha256", _SHA256),
+        bytes=item.count("bytes"),
+        extra_files=tuple(extra),
+        parity=item.mapping("parity"),
+        host=item.mapping("host"),
+    )
+
+
+def _is_finite(value: object) -> bool:
+    # The bound keeps out whole numbers that no float can hold.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _no_constant(name: str) -> Callable[[], None]:
+    raise ValueError(f"{name} is not a JSON number")
