@@ -250,7 +250,7 @@ class ParityReport:
 
     def table(self, *, all_rows: bool = False) -> str:
         """The verdict as text: for each output its worst row, or all rows; then failures and warnings."""
-        header = (
+        header: tuple[str, ...] = (
             "output",
             "n",
             "max abs",
