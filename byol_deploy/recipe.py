@@ -182,6 +182,9 @@ class DataRecipe(_Checked):
     Attributes:
         image_size: side of the square views, in pixels.
         resize: shorter side before the centre crop of the *evaluation* preprocessing, in pixels; auto = image_size.
+        store_size: images whose shorter side is longer are reduced to it once, when they are decoded, so that large
+            photographs fit into memory; auto = 4 image_size; 0 = never. (Crops of a quarter of the side and more are
+            still reduced, not enlarged.)
         mean: per-channel mean of RGB in [0, 1] that is subtracted.
         std: per-channel standard deviation of RGB in [0, 1] that is divided by.
         max_bad_share: the run fails when more than this share of the files cannot be decoded.
@@ -191,6 +194,7 @@ class DataRecipe(_Checked):
 
     image_size: int = _setting(96, _number(8, 2048, integer=True))
     resize: int | Auto = _setting("auto", _number(8, 4096, integer=True, auto=True))
+    store_size: int | Auto = _setting("auto", _number(0, 65536, integer=True, auto=True))
     mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, _numbers(3, 0, 1))
     std: tuple[float, float, float] = _setting(IMAGENET_STD, _numbers(3, 0, 10, above=True))
     max_bad_share: float = _setting(0.05, _number(0, 1))
@@ -199,8 +203,13 @@ class DataRecipe(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        faults = []
         if self.resize != "auto" and self.resize < self.image_size:
-            raise RecipeError([f"resize is {self.resize}; use at least image_size, {self.image_size}, or auto"])
+            faults.append(f"resize is {self.resize}; use at least image_size, {self.image_size}, or auto")
+        if self.store_size != "auto" and 0 < self.store_size < self.image_size:
+            faults.append(f"store_size is {self.store_size}; use at least image_size, {self.image_size}, auto or 0")
+        if faults:
+            raise RecipeError(faults)
 
 
 @dataclass(frozen=True)
@@ -455,7 +464,11 @@ class Recipe(_Checked):
 
         return replace(
             self,
-            data=replace(self.data, resize=size if self.data.resize == "auto" else self.data.resize),
+            data=replace(
+                self.data,
+                resize=size if self.data.resize == "auto" else self.data.resize,
+                store_size=4 * size if self.data.store_size == "auto" else self.data.store_size,
+            ),
             augment=AugmentRecipe(settle(self.augment.view1, 1.0), settle(self.augment.view2, 0.1)),
         )
 

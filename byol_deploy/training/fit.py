@@ -1,0 +1,525 @@
+"""Train an encoder on a folder of images: one call from pixels to a checkpoint, and on from there after a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+
+from byol_deploy import __version__
+from byol_deploy.errors import DataError, OutputError, ProviderError, UsageError
+from byol_deploy.images import BadImages
+from byol_deploy.recipe import Recipe
+from byol_deploy.training.augment import left_out, stateless_seed
+from byol_deploy.training.byol import BYOL
+from byol_deploy.training.callbacks import (
+    LossScale,
+    Metrics,
+    Progress,
+    Reseed,
+    RunCheckpoints,
+    Say,
+    WholeCheckpointIO,
+    read_checkpoint,
+    remove_leftovers,
+    whole_file,
+)
+from byol_deploy.training.checkpoints import build_model
+from byol_deploy.training.data import (
+    ByolData,
+    ImageFile,
+    ImageStore,
+    Plan,
+    changes,
+    choose_workers,
+    plan_epoch,
+    read_list,
+    write_list,
+)
+from byol_deploy.training.optim import build_optimizer, warmup_cosine
+
+# Never change what is computed: a resumed run may have others than it started with.
+_FREE_ON_RESUME = frozenset(
+    {"description", "data.workers", "data.cache_mb", "data.max_bad_share", "train.checkpoint_every_epochs"}
+)
+_RUN_DIR_VARIABLE = "BYOL_DEPLOY_RUN_DIR"
+_PAIRS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training left behind.
+
+    Attributes:
+        run_dir: recipe.yaml, metrics.csv, views.png, images.tsv, bad_images.txt, checkpoints/.
+        checkpoint: the last checkpoint.
+        images: images that were trained on.
+        bad_images: files that were left out.
+        epochs: done in all.
+        steps: optimiser steps done in all.
+        device: such as ``cpu`` or ``cuda:0``.
+        precision: ``32`` or ``bf16``.
+        resumed_epochs: epochs that a run before this one had done.
+        seconds: of this call.
+        metrics: the last row of metrics.csv, by name.
+    """
+
+    run_dir: Path
+    checkpoint: Path
+    images: int
+    bad_images: int
+    epochs: int
+    steps: int
+    device: str
+    precision: str
+    resumed_epochs: int
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+
+
+def fit(
+    data: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    accelerator: str = "auto",
+    devices: str | int = "auto",
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    progress: bool = True,
+) -> FitResult:
+    """Train BYOL on a folder of images.
+
+    Args:
+        data: folder, walked recursively.
+        recipe: what to train; None is the default recipe or, with ``resume``, the run's own.
+        out: the run directory; None makes ``runs/<folder>-<time>``.
+        resume: continue the run in ``out`` where it stopped, as if nothing had happened. A run without a checkpoint
+            starts from its beginning. A recipe that contradicts the run's is refused: the schedules of learning rate
+            and tau span the whole training, so more epochs make another training.
+        accelerator: Lightning's: auto, cpu, cuda, ...
+        devices: Lightning's: auto, a number, or a list such as "0,2".
+        num_nodes: Lightning's.
+        strategy: Lightning's: auto, ddp, ...
+        progress: talk on stderr.
+
+    Returns:
+        What was trained, and where it is.
+
+    Raises:
+        DataError: no usable images, too many bad ones, or other images than the run had.
+        RecipeError: a recipe with faults, or a training that diverged.
+        OutputError: the run directory cannot be written, or already holds something.
+        UsageError: an unknown backbone, or options that contradict the run that is resumed.
+        CheckpointError: a last.ckpt that cannot be read.
+        ProviderError: a device or strategy that is not there.
+    """
+    start = time.perf_counter()
+    with _quiet(), torch.random.fork_rng(devices=[]), _deterministic_given_back():
+        return _fit(
+            Path(data),
+            recipe,
+            out=None if out is None else Path(out),
+            resume=resume,
+            trainer_options={
+                "accelerator": accelerator,
+                "devices": devices,
+                "num_nodes": num_nodes,
+                "strategy": strategy,
+            },
+            progress=progress,
+            start=start,
+        )
+
+
+def _fit(
+    data: Path,
+    recipe: Recipe | None,
+    *,
+    out: Path | None,
+    resume: bool,
+    trainer_options: dict[str, Any],
+    progress: bool,
+    start: float,
+) -> FitResult:
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+    say: Say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress and first else (lambda text: None)
+    run_dir = _choose_run_dir(data, out, resume, trainer_options["num_nodes"])
+    last = run_dir / "checkpoints" / "last.ckpt"
+    recipe = _settle_recipe(recipe, run_dir, resume)
+    if first:
+        _prepare(run_dir, recipe, resume)
+    before = read_checkpoint(last, mmap=True) if resume and last.exists() else None
+    done = int(before["byol_deploy"].get("epochs_done", 0)) if before else 0
+    if resume and before is None:
+        say(f"{run_dir} has no checkpoint yet: starting from the beginning")
+
+    store, bad = _scan(data, recipe, run_dir, resume, say, first)
+    if before is not None and done >= recipe.train.epochs:
+        say(f"{run_dir} is complete: {done} of {recipe.train.epochs} epochs are done")
+        return FitResult(run_dir, last, len(store), len(bad), done, int(before["global_step"]), "none", "none", done,
+                         time.perf_counter() - start)  # fmt: skip
+
+    precision, why = choose_precision(recipe.train.precision, trainer_options["accelerator"])
+    trainer = _make_trainer(recipe, precision, trainer_options)
+    device = trainer.strategy.root_device
+    plan = plan_epoch(len(store), recipe.train.batch_size, recipe.train.accumulate, trainer.world_size)
+    trainer.accumulate_grad_batches = plan.accumulate
+    total = plan.steps * recipe.train.epochs
+    if before is not None and int(before["global_step"]) != plan.steps * done:
+        raise UsageError(
+            f"{last} has {before['global_step']} steps after {done} epochs, but here an epoch would have {plan.steps}; "
+            f"resume with as many devices as before (now {trainer.world_size}) and without changing train.batch_size"
+        )
+
+    torch.manual_seed(stateless_seed(recipe.train.seed, 0))
+    model = build_model(recipe)
+    model.schedule_length = total
+    lr = recipe.optim.lr * (
+        plan.batch_size * plan.accumulate * trainer.world_size / 256 if recipe.optim.lr_scaling else 1
+    )
+    warmup = min(round(recipe.optim.warmup_epochs * plan.steps), total // 4)
+    model.optimizer_factory = _optimizer_factory(recipe, lr, warmup, total)
+    model.to(memory_format=torch.channels_last)
+
+    module_data = ByolData(store, recipe, plan, workers=0)
+    workers, workers_why = choose_workers(
+        recipe.data.workers, module_data.crops, plan.batch_size, on_cpu=device.type == "cpu"
+    )
+    module_data.workers = workers
+    _announce(say, recipe, store, bad, plan, trainer, model, f"{precision} ({why})", f"{workers} ({workers_why})",
+              lr, warmup, total, done, run_dir)  # fmt: skip
+    if first and not (run_dir / "views.png").exists():
+        _draw_views(module_data, run_dir / "views.png")
+
+    images = plan.batch_size * trainer.world_size
+    metrics = Metrics(run_dir, images=images, every=recipe.train.log_every_steps, resumed_at=plan.steps * done, say=say)
+    entry = {
+        "schema": 1,
+        "version": __version__,
+        "recipe": recipe.to_dict(),
+        "preprocessing": recipe.preprocessing().to_dict(),
+        "data": {"fingerprint": store.fingerprint, "images": len(store), "channels": store.channels},
+        "precision": precision,
+    }
+    trainer.callbacks.extend([Reseed(recipe.train.seed), LossScale(recipe.optim.loss_scale), metrics])
+    if progress:
+        trainer.callbacks.append(Progress(metrics, images))
+    trainer.callbacks.append(RunCheckpoints(last.parent, entry, recipe.train.checkpoint_every_epochs))
+    del before
+    try:
+        trainer.fit(model, datamodule=module_data, ckpt_path=last if done else None, weights_only=True)
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into exit code 1.
+        say(f"stopped; continue with: byol-deploy train {data} --out {run_dir} --resume")
+        raise KeyboardInterrupt from stop
+    except DataError as error:
+        # From a loader process the message comes wrapped in that process's trace.
+        text = str(error).strip().rsplit("DataError: ", 1)[-1]
+        raise DataError(f"{text} (it could be read when training started)") from error
+    finally:
+        metrics.close()
+    seconds = time.perf_counter() - start
+    say(f"done in {seconds:.0f} s: {last}")
+    return FitResult(run_dir, last, len(store), len(bad), recipe.train.epochs, trainer.global_step, str(device),
+                     precision, done, seconds, {**metrics.last})  # fmt: skip
+
+
+# --- the run directory ------------------------------------------------------------------------------------------
+
+
+def _choose_run_dir(data: Path, out: Path | None, resume: bool, num_nodes: int) -> Path:
+    if out is not None:
+        return out
+    if resume:
+        raise UsageError("--resume needs --out DIR, the run to continue")
+    if num_nodes > 1:
+        raise UsageError("several nodes need --out DIR: each would name the run after its own clock")
+    # Lightning starts further processes with this same command line; they must find the first one's choice.
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and _RUN_DIR_VARIABLE in os.environ:
+        return Path(os.environ[_RUN_DIR_VARIABLE])
+    chosen = Path("runs") / f"{data.resolve().name or 'images'}-{datetime.now():%Y%m%d-%H%M%S}"
+    os.environ[_RUN_DIR_VARIABLE] = str(chosen)
+    return chosen
+
+
+def _settle_recipe(recipe: Recipe | None, run_dir: Path, resume: bool) -> Recipe:
+    kept = run_dir / "recipe.yaml"
+    if not resume or not kept.exists():
+        return (recipe or Recipe.load("default")).resolved()
+    own = Recipe.load(kept).resolved()
+    if recipe is None:
+        return own
+    asked = recipe.resolved()
+    differences = own.differences(asked)
+    faults = [f"{key} is {old} in the run, {new} was asked for"
+              for key, old, new in differences if key not in _FREE_ON_RESUME]  # fmt: skip
+    if faults:
+        raise UsageError(
+            f"{run_dir} cannot continue with another recipe: {'; '.join(faults)}. "
+            "Leave these options out, or start a new run"
+        )
+    return asked
+
+
+def _prepare(run_dir: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the run directory with its recipe; refuse one that holds anything of somebody else's."""
+    try:
+        if run_dir.exists() and not run_dir.is_dir():
+            raise OutputError(f"{run_dir} is a file; choose another --out")
+        if not resume and run_dir.is_dir() and any(run_dir.iterdir()):
+            more = " or add --resume to continue it" if (run_dir / "recipe.yaml").exists() else ""
+            raise OutputError(f"{run_dir} is not empty, and nothing in it is overwritten; choose another --out{more}")
+        if resume and run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "recipe.yaml").exists():
+            raise OutputError(f"{run_dir} is not a run of byol-deploy train (no recipe.yaml); choose another --out")
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{run_dir} cannot be made: {error}; choose another --out") from error
+    remove_leftovers(run_dir)
+    remove_leftovers(run_dir / "checkpoints")
+    recipe.save(run_dir / "recipe.yaml")
+
+
+def _scan(
+    data: Path, recipe: Recipe, run_dir: Path, resume: bool, say: Say, first: bool
+) -> tuple[ImageStore, BadImages]:
+    listed = run_dir / "images.tsv"
+    known: list[ImageFile] | None = read_list(listed) if resume and listed.exists() else None
+    spoken = time.perf_counter()
+
+    def tell(done: int, total: int, bad: int) -> None:
+        nonlocal spoken
+        if time.perf_counter() - spoken > 5 and done < total:
+            spoken = time.perf_counter()
+            say(f"looking at the images: {done} of {total}" + (f", {bad} bad" if bad else ""))
+
+    settings = recipe.data
+    assert settings.store_size != "auto", "scan with a resolved recipe"
+    store, bad = ImageStore.scan(
+        data,
+        max_bad_share=settings.max_bad_share,
+        cache_mb=settings.cache_mb,
+        store_px=settings.store_size,
+        trusted=known or (),
+        progress=tell,
+    )
+    if first and bad.items:
+        text = "".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in bad.items)
+        with whole_file(run_dir / "bad_images.txt") as part:
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    if known is not None:
+        differences = changes(known, store.files)
+        if differences:
+            raise DataError(
+                f"the images below {data} are not those that {run_dir} was started with: {'; '.join(differences)}. "
+                "A resumed training must see the same ones: put them back, or start a new run"
+            )
+    elif first:
+        with whole_file(listed) as part:
+            write_list(part, store.files)
+    return store, bad
+
+
+def _draw_views(data: ByolData, path: Path) -> None:
+    """Draw the first pairs: view 1 above, view 2 below, enlarged where they are small."""
+    size = data.recipe.data.image_size
+    zoom = max(1, 96 // size)
+    first, second = data.first_pairs(_PAIRS_SHOWN)
+    gap = 4
+    cell = size * zoom + gap
+    sheet = Image.new("RGB", (len(first) * cell + gap, 2 * cell + gap), "white")
+    for row, views in enumerate((first, second)):
+        for column, view in enumerate(views):
+            pixels = (view.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous().numpy()
+            picture = Image.fromarray(pixels).resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
+            sheet.paste(picture, (gap + column * cell, gap + row * cell))
+    with whole_file(path) as part:
+        sheet.save(part, format="PNG")
+
+
+# --- settling what the machine decides --------------------------------------------------------------------------
+
+
+def choose_precision(asked: str, accelerator: str = "auto") -> tuple[str, str]:
+    """Settle ``train.precision``. Returns ``32`` or ``bf16``, and why."""
+    if asked != "auto":
+        return asked, "as asked"
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        # Emulated bfloat16 (before Ampere) is slower than float32.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU has it") if native else ("32", "this GPU has no bfloat16")
+    if accelerator not in ("auto", "cpu"):
+        return "32", f"bfloat16 is chosen on CUDA and CPUs only, not on {accelerator}"
+    found = _cpu_bf16()
+    return ("bf16", f"this CPU has {found}") if found else ("32", "this CPU has no bfloat16 instructions")
+
+
+def _cpu_bf16() -> str:
+    """Name of the CPU's bfloat16 matrix instructions, or nothing."""
+    with contextlib.suppress(OSError):
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+        return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "")
+    for question, name in (("_is_amx_tile_supported", "amx"), ("_is_avx512_bf16_supported", "avx512_bf16")):
+        answer = getattr(torch.cpu, question, None)  # not public, and only where there is no /proc
+        if answer is not None and answer():
+            return name
+    return ""
+
+
+def _make_trainer(recipe: Recipe, precision: str, options: dict[str, Any]) -> L.Trainer:
+    train = recipe.train
+    devices = options["devices"]
+    try:
+        return L.Trainer(
+            **{**options, "devices": int(devices) if str(devices).lstrip("-").isdigit() else devices},
+            precision="bf16-mixed" if precision == "bf16" else "32-true",
+            max_epochs=train.epochs,
+            gradient_clip_val=recipe.optim.clip_grad_norm or None,
+            log_every_n_steps=train.log_every_steps,
+            deterministic=train.deterministic or None,
+            # Several devices see one batch's statistics (the paper's setting); SyncBatchNorm exists for GPUs only.
+            sync_batchnorm=options["accelerator"] != "cpu" and torch.cuda.device_count() > 1,
+            plugins=[WholeCheckpointIO()],
+            use_distributed_sampler=False,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,  # ours are added when the Trainer has said how many devices there are
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        # Lightning's MisconfigurationException is a plain Exception subclass of its own.
+        raise ProviderError(_device_fault(error, options)) from error
+    except Exception as error:
+        if type(error).__name__ != "MisconfigurationException":
+            raise
+        raise ProviderError(_device_fault(error, options)) from error
+
+
+def _device_fault(error: Exception, options: dict[str, Any]) -> str:
+    asked = ", ".join(f"{name}={value}" for name, value in options.items())
+    return f"training cannot run with {asked}: {' '.join(str(error).split())}"
+
+
+def _optimizer_factory(recipe: Recipe, lr: float, warmup: int, total: int) -> Callable[[BYOL], dict[str, Any]]:
+    def make(model: BYOL) -> dict[str, Any]:
+        optim = recipe.optim
+        optimizer = build_optimizer(optim.name, model, lr=lr, weight_decay=optim.weight_decay, momentum=optim.momentum)
+        schedule = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    return make
+
+
+# --- talk -------------------------------------------------------------------------------------------------------
+
+
+def _announce(
+    say: Say,
+    recipe: Recipe,
+    store: ImageStore,
+    bad: BadImages,
+    plan: Plan,
+    trainer: L.Trainer,
+    model: BYOL,
+    precision: str,
+    workers: str,
+    lr: float,
+    warmup: int,
+    total: int,
+    done: int,
+    run_dir: Path,
+) -> None:
+    """Say what will be done before it starts."""
+    world = trainer.world_size
+    effective = plan.batch_size * plan.accumulate * world
+    colour = "grey" if store.channels == 1 else "colour"
+    kept = f"{store.cached_share:.0%} of them in memory, {store.cached_bytes / 1e6:.0f} MB"
+    parts = f"{plan.batch_size}" + (f" x {plan.accumulate} accumulated" if plan.accumulate > 1 else "")
+    parts += f" x {world} devices" if world > 1 else ""
+    online = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    say(f"images     {len(store)} {colour}, {recipe.data.image_size} px views ({kept}); loader processes: {workers}")
+    if bad.items:
+        say(f"           {bad.summary()} All of them: {run_dir / 'bad_images.txt'}")
+    for note in plan.notes:
+        say(f"           {note}")
+    unused = len(store) - plan.steps * effective
+    say(
+        f"steps      {plan.steps} an epoch, {total} in all; batch {effective}"
+        + (f" ({parts})" if parts != str(effective) else "")
+        + (f"; {unused} images, others each time, sit out an epoch" if unused else "")
+    )
+    for number, view in enumerate((recipe.augment.view1, recipe.augment.view2), 1):
+        if store.channels == 1 and (names := left_out(view)):
+            say(f"view {number}     left out, without meaning for grey images: {', '.join(names)}")
+    say(
+        f"network    {recipe.model.backbone}, {model.width} features; "
+        f"{online / 1e6:.1f} M trained parameters, heads included"
+    )
+    say(
+        f"optimiser  {recipe.optim.name}, peak learning rate {lr:.4g} after {warmup} steps; "
+        f"tau from {recipe.train.base_tau:g}"
+    )
+    say(f"device     {_device_name(trainer.strategy.root_device)}; precision {precision}")
+    say(f"run        {run_dir}" + (f", continued after epoch {done}" if done else ""))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advice and PyTorch's notices about third parties off the terminal: one place for all of it."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for part in (
+            ".*does not have many workers.*",  # settled and printed by choose_workers
+            ".*smaller than the logging interval.*",  # every epoch ends with a row of its own
+            ".*GPU available but not used.*",  # the device is printed
+            ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of PyTorch
+            ".*Checkpoint directory .* exists and is not empty.*",  # ours to judge
+            ".*multi-threaded, use of fork\\(\\) may lead to deadlocks.*",  # Python 3.12 on loader processes
+            ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\).*",  # a resumed scheduler's first step
+            ".*does not have a `val_dataloader`.*",
+            ".*Decompression.*",  # images.decode refuses and counts such a file
+        ):
+            warnings.filterwarnings("ignore", message=part)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _deterministic_given_back() -> Iterator[None]:
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
