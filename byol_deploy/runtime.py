@@ -1,0 +1,294 @@
+"""Embedding images with an exported encoder, without PyTorch.
+
+::
+
+    from byol_deploy import Encoder
+
+    encoder = Encoder("bundle")
+    embeddings = encoder(["a.jpg", "b.png"])  # (2, D) float32
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from byol_deploy.bundle import Bundle, Golden, read_carried
+from byol_deploy.errors import BundleError, DataError, UsageError
+from byol_deploy.images import BadImages, ImageSource, printable
+from byol_deploy.manifest import Manifest
+from byol_deploy.preprocess import Preprocessing
+from byol_deploy.providers import create_session, probe_provider, usable_cores, working_providers
+
+__all__ = ["Batch", "Encoder", "create_session", "probe_provider", "usable_cores", "working_providers"]
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch of a stream.
+
+    Attributes:
+        positions: For each row the position of its source in what was streamed.
+        sources: The sources themselves.
+        outputs: Arrays (n, D) float32 by output name.
+    """
+
+    positions: list[int]
+    sources: list[ImageSource]
+    outputs: dict[str, np.ndarray]
+
+
+class Encoder:
+    """An exported encoder, ready to embed images with ONNX Runtime. It may be called from several threads at once.
+
+    Attributes:
+        path: What was opened.
+        manifest: What the export says about itself.
+        preprocessing: What is done to an image before the graph.
+        golden: The self-test cases that came with it.
+        provider: The active execution provider, e.g. "CPUExecutionProvider".
+        threads: Threads inside an operator.
+        outputs: Names of the outputs that are computed.
+        width: Width D of the first of them.
+        session: The ONNX Runtime session, for those who need it.
+    """
+
+    path: Path
+    manifest: Manifest
+    preprocessing: Preprocessing
+    golden: Golden
+    provider: str
+    threads: int
+    outputs: tuple[str, ...]
+    width: int
+    session: Any
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        outputs: str | Sequence[str] | None = None,
+        precision: str | None = None,
+        allow_spinning: bool = True,
+    ) -> None:
+        """Open a bundle, or a lone ONNX file that byol-deploy wrote.
+
+        Args:
+            path: The bundle folder, or the .onnx file.
+            provider: "cpu", "cuda", ONNX Runtime's own name of a provider, or "auto" for the best that works here.
+            threads: Threads inside an operator; None takes what affinity and cgroup leave to this process.
+            outputs: Names of the outputs to give, "all", or None for the first one, the embedding.
+            precision: Which ONNX file of a bundle, e.g. "fp32"; None takes fp32 where there is one. Of no effect on a
+                lone file.
+            allow_spinning: Whether idle threads wait busily: least latency, at the cost of a core's time. Switch it
+                off where several processes share the cores.
+
+        Raises:
+            BundleError: Absent, damaged, foreign, or from a newer schema.
+            ProviderError: The provider does not work here. There is no silent fallback.
+            UsageError: An unknown provider, fewer than one thread.
+        """
+        self.path = Path(path)
+        shown = printable(self.path)
+        if self.path.is_dir():
+            bundle = Bundle.open(self.path)
+            self.manifest, self.golden = bundle.manifest, bundle.golden
+            file = bundle.artefact("onnx", precision)
+            self.session = create_session(file, provider, threads, allow_spinning=allow_spinning)
+        else:
+            _check_lone_file(self.path, shown)
+            self.session = create_session(self.path, provider, threads, allow_spinning=allow_spinning)
+            self.manifest, self.golden = read_carried(self.session.get_modelmeta().custom_metadata_map, shown)
+        self.preprocessing = self.manifest.preprocessing
+        self.provider = str(self.session.get_providers()[0])
+        self.threads = threads or usable_cores()
+        names = [output.name for output in self.manifest.outputs]
+        wanted = names if outputs == "all" else names[:1] if outputs is None else outputs
+        self.outputs = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        if not self.outputs:
+            raise UsageError(f"outputs is empty; choose from {', '.join(names)}")
+        widths = [self.manifest.output(name).width for name in self.outputs]
+        self.width = widths[0]
+        _check_graph(self.session, self.manifest, shown)
+
+    def __repr__(self) -> str:
+        """E.g. ``Encoder('bundle', timm/resnet10t, 32 px, embedding 512, cpu)``."""
+        return (
+            f"Encoder({str(self.path)!r}, {self.manifest.model.backbone}, {self.preprocessing.size_px} px, "
+            f"{self.outputs[0]} {self.width}, {self.provider})"
+        )
+
+    def __call__(self, images: ImageSource | Iterable[ImageSource], batch_size: int = 32) -> np.ndarray:
+        """Embed images.
+
+        Args:
+            images: One image, or many: paths, bytes of image files, Pillow images, uint8 arrays (H, W), (H, W, 3) or
+                (H, W, 4). An array (N, H, W, C) is N images. Every one goes through the same preprocessing, an array
+                of the right size too.
+            batch_size: How many images the graph sees at once.
+
+        Returns:
+            (N, D) float32 of the first output; one image gives (1, D).
+
+        Raises:
+            DataError: An image cannot be decoded. The message names it.
+            UsageError: A batch size below one.
+        """
+        rows = [batch.outputs[self.outputs[0]] for batch in self.stream(_many(images), batch_size)]
+        return np.concatenate(rows) if rows else np.empty((0, self.width), np.float32)
+
+    def stream(
+        self, images: Iterable[ImageSource], batch_size: int = 32, bad: BadImages | None = None
+    ) -> Iterator[Batch]:
+        """Embed any number of images in bounded memory; the next batches are decoded while one is computed.
+
+        Args:
+            images: The images. They are taken from the iterable as they are needed.
+            batch_size: How many images the graph sees at once.
+            bad: Takes the images that cannot be decoded, which are then skipped; None raises at the first one.
+
+        Yields:
+            Batches in the order of the images, of ``batch_size`` rows except the last one.
+
+        Raises:
+            DataError: An image cannot be decoded, and ``bad`` is None.
+            UsageError: A batch size below one.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size!r}; use a whole number from 1, e.g. 32")
+        positions: list[int] = []
+        sources: list[ImageSource] = []
+        pixels: list[np.ndarray] = []
+        for position, source, found in self._decoded(images, batch_size):
+            if isinstance(found, DataError):
+                if bad is None:
+                    raise found
+                bad.add(source, found)
+                continue
+            positions.append(position)
+            sources.append(source)
+            pixels.append(found)
+            if len(pixels) == batch_size:
+                yield Batch(positions, sources, self.run(np.stack(pixels)))
+                positions, sources, pixels = [], [], []
+        if pixels:
+            yield Batch(positions, sources, self.run(np.stack(pixels)))
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Run the graph on images that are preprocessed already, all at once.
+
+        Args:
+            images: (N, size_px, size_px, 3) uint8 RGB.
+
+        Returns:
+            (N, D) float32 by output name.
+
+        Raises:
+            DataError: Another shape or type.
+        """
+        side = self.preprocessing.size_px
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
+            shape = f"{images.shape} {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise DataError(
+                f"images are {shape}; run takes (N, {side}, {side}, 3) uint8 RGB, see encoder.preprocessing"
+            )
+        if len(images) == 0:
+            return {name: np.empty((0, self.manifest.output(name).width), np.float32) for name in self.outputs}
+        feed = {self.manifest.input.name: np.ascontiguousarray(images)}
+        return dict(zip(self.outputs, self.session.run(list(self.outputs), feed), strict=True))
+
+    def _decoded(
+        self, images: Iterable[ImageSource], batch_size: int
+    ) -> Iterator[tuple[int, ImageSource, np.ndarray | DataError]]:
+        def attempt(source: ImageSource) -> np.ndarray | DataError:
+            try:
+                return self.preprocessing(source)
+            except DataError as error:
+                return error
+
+        numbered = enumerate(images)
+        first = list(itertools.islice(numbered, 2))
+        workers = min(self.threads, 8)
+        if len(first) < 2 or workers < 2:
+            for position, source in itertools.chain(first, numbered):
+                yield position, source, attempt(source)
+            return
+        # Pillow decodes and resizes without holding Python's lock, so threads are enough.
+        with ThreadPoolExecutor(workers, thread_name_prefix="byol-deploy-decode") as pool:
+            ahead: list[tuple[int, ImageSource, Future[np.ndarray | DataError]]] = []
+            try:
+                for position, source in itertools.chain(first, numbered):
+                    ahead.append((position, source, pool.submit(attempt, source)))
+                    if len(ahead) > batch_size + workers:
+                        done = ahead.pop(0)
+                        yield done[0], done[1], done[2].result()
+                for done in ahead:
+                    yield done[0], done[1], done[2].result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _many(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        return iter(images)
+    if isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray) or not isinstance(images, Iterable):
+        return [images]
+    return images
+
+
+def _check_lone_file(path: Path, shown: str) -> None:
+    """Name what is plainly not an ONNX file before ONNX Runtime parses it."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+    except FileNotFoundError:
+        raise BundleError(f"{shown} does not exist; pass a bundle or an .onnx file of byol-deploy export") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{shown} cannot be read: {error}") from error
+    if not start:
+        raise BundleError(f"{shown} is empty; copy or export it again")
+    if start.startswith(_ZIP_MAGIC):
+        raise BundleError(
+            f"{shown} is a TorchScript file or a checkpoint, not ONNX; pass the bundle or its model.onnx "
+            "(byol-deploy export CHECKPOINT --format onnx)"
+        )
+
+
+def _check_graph(session: Any, manifest: Manifest, shown: str) -> None:
+    """Compare the graph with its manifest: names, type of the input, widths."""
+    faults = []
+    inputs: Mapping[str, Any] = {item.name: item for item in session.get_inputs()}
+    found = inputs.get(manifest.input.name)
+    side = manifest.preprocessing.size_px
+    if found is None or len(inputs) != 1:
+        faults.append(f"its inputs are {', '.join(inputs) or 'none'}, not {manifest.input.name} alone")
+    elif found.type != "tensor(uint8)" or not _fits(found.shape, (side, side, 3)):
+        faults.append(f"its input is {found.type} {found.shape}, not uint8 (N, {side}, {side}, 3)")
+    given: Mapping[str, Any] = {item.name: item for item in session.get_outputs()}
+    for output in manifest.outputs:
+        if output.name not in given:
+            faults.append(f"it has no output {output.name}")
+        elif given[output.name].type != "tensor(float)" or not _fits(given[output.name].shape, (output.width,)):
+            kind = f"{given[output.name].type} {given[output.name].shape}"
+            faults.append(f"its output {output.name} is {kind}, not float (N, {output.width})")
+    if faults:
+        raise BundleError(f"{shown} contradicts its manifest: {'; '.join(faults)}; export it again")
+
+
+def _fits(shape: Sequence[Any], sizes: Sequence[int]) -> bool:
+    """Whether a declared shape is (N, *sizes); sizes that the graph leaves open (text or None) fit."""
+    return len(shape) == len(sizes) + 1 and all(
+        found == size for found, size in zip(shape[1:], sizes, strict=True) if isinstance(found, int)
+    )
