@@ -81,8 +81,6 @@ class BYOL(L.LightningModule):  # type: ignore[misc]
         base_tau: The target's decay at the first step; it rises to 1.
         projection_hidden: Hidden width of the default heads.
         projection_size: Output width P of the default heads.
-        loss_scale: Factor on what `training_step` returns, and so on the gradient; the logged loss stays unscaled.
-            4 is the paper's own loss, for which its learning rates hold.
         optimizer_factory: Called with this model; what it returns is what `configure_optimizers` returns.
 
     Raises:
@@ -101,7 +99,6 @@ class BYOL(L.LightningModule):  # type: ignore[misc]
         base_tau: float = 0.996,
         projection_hidden: int = 4096,
         projection_size: int = 256,
-        loss_scale: float = 1.0,
         optimizer_factory: OptimizerFactory | None = None,
     ) -> None:
         super().__init__()
@@ -111,15 +108,12 @@ class BYOL(L.LightningModule):  # type: ignore[misc]
             raise UsageError(f"base_tau is {base_tau}; it must lie in 0 to 1, e.g. 0.996")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise UsageError(f"learning_rate is {learning_rate}; it must be a positive number, e.g. 0.001")
-        if not (math.isfinite(loss_scale) and loss_scale > 0):
-            raise UsageError(f"loss_scale is {loss_scale}; it must be a positive number, e.g. 1 or 4")
 
         self.learning_rate = learning_rate
         self.schedule_length = schedule
         self.base_tau = base_tau
         self.projection_hidden = projection_hidden
         self.projection_size = projection_size
-        self.loss_scale = loss_scale
         self.optimizer_factory = optimizer_factory
 
         self.backbone = DeepLabV3Backbone() if backbone is None else backbone
@@ -210,7 +204,7 @@ class BYOL(L.LightningModule):  # type: ignore[misc]
             batch_idx: Not used.
 
         Returns:
-            ``0.5 (criterion(p0, z1) + criterion(p1, z0))``, a scalar, times ``loss_scale``.
+            ``0.5 (criterion(p0, z1) + criterion(p1, z0))``, a scalar.
         """
         x0, x1 = _views(batch)
         y0, q0, p0 = self._online(x0)
@@ -220,7 +214,7 @@ class BYOL(L.LightningModule):  # type: ignore[misc]
         loss: Tensor = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
         if self._trainer is not None and self._trainer.training:
             self._log_step(loss, y0, q0, p0, z1)
-        return self.loss_scale * loss
+        return loss
 
     def _log_step(self, loss: Tensor, y0: Any, q0: Tensor, p0: Tensor, z1: Tensor) -> None:
         trainer = self.trainer

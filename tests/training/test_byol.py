@@ -139,14 +139,6 @@ def test_training_step_needs_no_trainer_and_is_the_symmetric_loss() -> None:
     assert all(p.grad is None for p in model.backbone_momentum.parameters())
 
 
-def test_loss_scale_multiplies_the_gradient() -> None:
-    one, four = small(), small(loss_scale=4.0)
-    for model in (one, four):
-        model.training_step(views(), 0).backward()
-    for a, b in zip(one.online_parameters(), four.online_parameters(), strict=True):
-        torch.testing.assert_close(4 * a.grad, b.grad)
-
-
 def test_each_view_is_its_own_batch_norm_batch() -> None:
     model = small()
     seen: list[int] = []
@@ -175,7 +167,6 @@ def test_batch_forms() -> None:
         ({"schedule": "soon"}, "schedule is 'soon'"),
         ({"schedule": True}, "schedule is True"),
         ({"base_tau": 1.5}, "base_tau is 1.5"),
-        ({"loss_scale": 0.0}, "loss_scale is 0.0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
     ],
