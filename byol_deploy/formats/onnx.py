@@ -1,0 +1,278 @@
+"""ONNX, through PyTorch's ``torch.export`` based exporter.
+
+What this file adds to the exporter: the parameters stay bit for bit in the file under their module paths (no folding of
+batch norm, which ONNX Runtime does anyway when it loads), nodes and values are named after the module they come from,
+the builder's stack traces and folders stay out, and exporter noise stays away from the user's terminal.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from byol_deploy.errors import BundleError, ExportError, UsageError
+from byol_deploy.formats import Run, RunOptions, Signature
+
+DEFAULT_OPSET = 18
+"""Read by every ONNX Runtime since 1.14 (2023)."""
+OPSETS = range(18, 24)
+"""What the exporter writes natively or by conversion."""
+
+EXTERNAL_ABOVE_BYTES = 1_500_000_000
+"""Tensors go to a second file above this: one protobuf message cannot exceed 2 GiB, metadata and all."""
+
+# Batch of the example that the graph is traced with. Neither 0 nor 1, which torch.export treats as constants, and not
+# one of the batch sizes that the parity check runs.
+_EXAMPLE_BATCH = 3
+_SOURCE = "byol_deploy.source"
+_TRACE_LINE = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+class _Onnx:
+    name = "onnx"
+    suffix = ".onnx"
+    extra = "train"
+    requires = ("torch", "onnx", "onnxscript", "onnxruntime")
+    runs_with = ("onnxruntime",)
+
+    def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
+        """See :meth:`byol_deploy.formats.Format.export`."""
+        opset = DEFAULT_OPSET if signature.opset is None else signature.opset
+        if opset not in OPSETS:
+            raise UsageError(f"opset is {opset}; use {OPSETS.start} to {OPSETS.stop - 1}")
+        model = _trace(graph, signature, opset)
+        _tidy(model)
+        _name_after_modules(model)
+        model.metadata_props.update(carried)
+        further = _save(model, path)
+        _check(path)
+        return further
+
+    def load(self, path: Path, options: RunOptions) -> Run:
+        """See :meth:`byol_deploy.formats.Format.load`."""
+        from byol_deploy.runtime import create_session
+
+        session = create_session(path, provider=options.provider, threads=options.threads)
+        outputs = [output.name for output in session.get_outputs()]
+        (images_name,) = [entry.name for entry in session.get_inputs()]
+
+        def run(images: np.ndarray) -> dict[str, np.ndarray]:
+            return dict(zip(outputs, session.run(outputs, {images_name: images}), strict=True))
+
+        return run
+
+    def tensors(self, path: Path) -> dict[str, np.ndarray]:
+        """See :meth:`byol_deploy.formats.Format.tensors`. Initialisers and constants, of sub-graphs too."""
+        import onnx
+        from onnx import numpy_helper
+
+        base = str(path.parent)
+        found: dict[str, np.ndarray] = {}
+
+        def visit(graph: Any) -> None:
+            for tensor in graph.initializer:
+                found[tensor.name] = numpy_helper.to_array(tensor, base)
+            for node in graph.node:
+                for attribute in node.attribute:
+                    if attribute.type == onnx.AttributeProto.TENSOR:
+                        found[f"{node.name}.{attribute.name}"] = numpy_helper.to_array(attribute.t, base)
+                    elif attribute.type == onnx.AttributeProto.GRAPH:
+                        visit(attribute.g)
+
+        visit(_read_proto(path).graph)
+        return found
+
+    def carried(self, path: Path) -> dict[str, str]:
+        """See :meth:`byol_deploy.formats.Format.carried`. Read by ONNX Runtime: the package onnx is not needed."""
+        from byol_deploy.runtime import create_session
+
+        session = create_session(path, provider="cpu", threads=1)
+        return dict(session.get_modelmeta().custom_metadata_map)
+
+
+def _trace(graph: Any, signature: Signature, opset: int) -> Any:
+    """The graph as an ``onnx_ir.Model``, as the exporter leaves it before its own optimisations."""
+    import torch
+
+    size = signature.size_px
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randint(0, 256, (_EXAMPLE_BATCH, size, size, 3), dtype=torch.uint8, generator=generator)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                # Would fold batch norm into convolutions: the file could no longer prove whose parameters it holds.
+                optimize=False,
+                input_names=["images"],
+                output_names=list(signature.outputs),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:
+        # Whatever an exporter raises on a stranger's module is that module's trouble, not a bug here.
+        raise ExportError(f"the ONNX exporter of PyTorch {torch.__version__} failed: {_root_cause(error)}") from error
+    return program.model  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The one place where the exporter's prints, log lines and warnings about its own insides are silenced."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost exception's first sentence; the outer ones of the exporter are pages of advice for its authors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _tidy(model: Any) -> None:
+    """Fold what does not depend on parameters or images, and drop what is left without use."""
+    import onnx_ir.passes.common as common
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    parameters = set(model.graph.initializers)
+
+    def may_fold(node: Any) -> bool | None:
+        # None is the optimiser's own judgement. A folded parameter would vanish under an invented name.
+        return False if any(value is not None and value.name in parameters for value in node.inputs) else None
+
+    with _quiet():
+        common.InlinePass()(model)
+        for _ in range(2):
+            optimizer.fold_constants(model, should_fold=may_fold)
+            rewriter.RewritePass(
+                [
+                    rules.materialize_reshape_shape_rule,
+                    rules.no_op_cast_rule,
+                    rules.no_op_transpose_rule,
+                    rules.no_op_expand_rule,
+                    rules.remove_optional_bias_from_conv_rule,
+                    rules.remove_optional_bias_from_gemm_rule,
+                ]
+            )(model)
+            common.RemoveUnusedNodesPass()(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        common.IdentityEliminationPass()(model)
+        for unused in (common.RemoveUnusedNodesPass, common.RemoveUnusedFunctionsPass, common.RemoveUnusedOpsetsPass):
+            unused()(model)
+        common.OutputFixPass()(model)
+
+
+def _name_after_modules(model: Any) -> None:
+    """Name nodes and values after their module, and replace the exporter's metadata by one source line.
+
+    ``backbone.layer1.0.conv1`` becomes the node ``backbone/layer1/0/conv1/Conv`` with the output
+    ``backbone/layer1/0/conv1/Conv:0``. Initialisers keep their names, which are state-dict keys. Stack traces name the
+    builder's folders: of each only the innermost file, from its package on, and the line stay.
+    """
+    graph = model.graph
+    fixed = {value.name for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]}
+    taken: dict[str, int] = {}
+    for node in graph.all_nodes():
+        scope = _scope(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        base = "/".join([*scope.split("."), node.op_type]) if scope else node.op_type
+        count = taken[base] = taken.get(base, -1) + 1
+        node.name = f"{base}_{count}" if count else base
+        source = _source(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
+        node.metadata_props.clear()
+        node.doc_string = None
+        if source:
+            node.metadata_props[_SOURCE] = source
+        for place, value in enumerate(node.outputs):
+            value.metadata_props.clear()
+            if value.name and value.name not in fixed:
+                value.name = f"{node.name}:{place}"
+    for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
+        value.metadata_props.clear()
+        value.doc_string = None
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    graph.name = "byol_deploy_encoder"
+    graph.doc_string = model.doc_string = None
+
+
+def _scope(text: str) -> str:
+    """The module path in the exporter's ``name_scopes``: ``['', 'backbone', 'backbone.conv1', 'conv2d']``."""
+    try:
+        scopes = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return ""
+    if not isinstance(scopes, list) or len(scopes) < 2 or scopes[0] != "":
+        return ""
+    return str(scopes[-2])  # the last one is the operation
+
+
+def _source(trace: str) -> str:
+    """``timm/models/resnet.py:241`` of the innermost frame; of code outside site-packages the file name alone."""
+    frames = _TRACE_LINE.findall(trace)
+    if not frames:
+        return ""
+    file, line = frames[-1]
+    parts = file.replace("\\", "/").split("/")
+    for anchor in ("site-packages", "dist-packages"):
+        if anchor in parts:
+            return f"{'/'.join(parts[parts.index(anchor) + 1 :])}:{line}"
+    return f"{parts[-1]}:{line}"
+
+
+def _save(model: Any, path: Path) -> tuple[Path, ...]:
+    """Write one file, or two where the tensors exceed :data:`EXTERNAL_ABOVE_BYTES`."""
+    import onnx_ir
+
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if size <= EXTERNAL_ABOVE_BYTES:
+        onnx_ir.save(model, path)
+        return ()
+    data = path.with_name(f"{path.name}.data")
+    onnx_ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
+    return (data,)
+
+
+def _check(path: Path) -> None:
+    """onnx's own checker and its full shape inference, on the file as it lies there."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the written ONNX file does not pass onnx's checker: {_root_cause(error)}") from error
+
+
+def _read_proto(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise BundleError(f"{path} is not an ONNX file: {error}; export it again") from error
+
+
+FORMAT = _Onnx()

@@ -1,0 +1,181 @@
+"""TorchScript, for C++ (libtorch) and for processes that have PyTorch but not the model's Python code.
+
+Written by ``torch.jit.trace``; PyTorch calls that deprecated in favour of ``torch.export``, keeps it working, and has
+no replacement yet that libtorch loads. The modules are not frozen, so that every parameter stays in the file, bit for
+bit under its own name; whoever wants the speed calls ``torch.jit.freeze`` on what they load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from byol_deploy.bundle import CARRIED_MANIFEST_KEY, read_carried
+from byol_deploy.errors import BundleError, ExportError, ProviderError
+from byol_deploy.formats import Run, RunOptions, Signature
+
+# Not a batch size that the parity check runs, and not 1, which broadcasts.
+_EXAMPLE_BATCH = 3
+_MAX_CARRIED_BYTES = 128 << 20
+
+
+class _TorchScript:
+    name = "torchscript"
+    suffix = ".torchscript.pt"
+    extra = "train"
+    requires = ("torch",)
+    runs_with = ("torch",)
+
+    def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
+        """See :meth:`byol_deploy.formats.Format.export`."""
+        import torch
+
+        size = signature.size_px
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randint(0, 256, (_EXAMPLE_BATCH, size, size, 3), dtype=torch.uint8, generator=generator)
+        packed = io.BytesIO()
+        try:
+            with _quiet(), torch.no_grad():
+                # Its own check runs the traced tensor again; ours runs other images at other batch sizes.
+                traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
+                torch.jit.save(traced, packed, _extra_files=dict(carried))
+        except Exception as error:
+            # Whatever tracing raises on a stranger's module is that module's trouble, not a bug here.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+            raise ExportError(
+                f"torch.jit.trace of PyTorch {torch.__version__} failed: {type(error).__name__}: {lines[0][:300]}"
+            ) from error
+        _write_without_traces(packed, path)
+        return ()
+
+    def load(self, path: Path, options: RunOptions) -> Run:
+        """See :meth:`byol_deploy.formats.Format.load`.
+
+        ``options.threads`` holds while the file runs; PyTorch has one number for the whole process.
+        """
+        import torch
+
+        device = _device(options.provider)
+        module = _open(path, device)
+        metadata = self.carried(path)
+        outputs: list[str] = []
+        if CARRIED_MANIFEST_KEY in metadata:
+            outputs = [output.name for output in read_carried(metadata, path.name)[0].outputs]
+
+        def run(images: np.ndarray) -> dict[str, np.ndarray]:
+            with _threads(options.threads), torch.inference_mode(), _quiet():
+                values = module(torch.from_numpy(np.ascontiguousarray(images)).to(device))
+            named = outputs or [f"output_{place}" for place in range(len(values))]
+            if len(values) != len(named):
+                # Left to the comparison: names that nobody expects fail there.
+                named = [f"output_{place}" for place in range(len(values))]
+            return {name: value.cpu().numpy() for name, value in zip(named, values, strict=True)}
+
+        return run
+
+    def tensors(self, path: Path) -> dict[str, np.ndarray]:
+        """See :meth:`byol_deploy.formats.Format.tensors`. Parameters, buffers and constants of the traced code."""
+        import torch
+
+        module = _open(path, torch.device("cpu"))
+        found = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+        with _quiet():
+            code = module.inlined_graph  # each access makes a new one, and nodes do not keep theirs alive
+            for node in code.findAllNodes("prim::Constant"):
+                output = node.output()
+                if str(output.type()) == "Tensor":
+                    found[f"constant.{output.debugName()}"] = output.toIValue().detach().numpy()
+        return found
+
+    def carried(self, path: Path) -> dict[str, str]:
+        """See :meth:`byol_deploy.formats.Format.carried`. The file is a zip archive: PyTorch is not needed."""
+        found: dict[str, str] = {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.infolist():
+                    _, _, name = entry.filename.partition("/extra/")
+                    if not name:
+                        continue
+                    with archive.open(entry) as member:
+                        data = member.read(_MAX_CARRIED_BYTES + 1)
+                    if len(data) > _MAX_CARRIED_BYTES:
+                        raise ValueError(f"{name} has more than {_MAX_CARRIED_BYTES} bytes")
+                    found[name] = data.decode("utf-8")
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
+            raise BundleError(f"{path} is not a TorchScript file: {error}; export it again") from error
+        return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The one place where the deprecation of TorchScript and the tracer's remarks are silenced."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated", category=DeprecationWarning)
+        # "Converting a tensor to a Python boolean ...": whether it mattered is what the parity check finds out.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        yield
+
+
+@contextlib.contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(before)
+
+
+def _device(provider: str) -> Any:
+    import torch
+
+    name = provider.lower()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ProviderError(f"TorchScript runs on cpu or cuda, not on {provider!r}; choose one of them")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ProviderError("PyTorch finds no CUDA device here; use the provider cpu")
+    return torch.device(name)
+
+
+def _open(path: Path, device: Any) -> Any:
+    import torch
+
+    try:
+        with _quiet():
+            return torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BundleError(
+            f"{path} is not a TorchScript file, or is damaged: {reason[:300]}; export it again"
+        ) from error
+
+
+def _write_without_traces(packed: io.BytesIO, path: Path) -> None:
+    """Write the archive without its debug records, whose stack traces name the builder's folders."""
+    with zipfile.ZipFile(packed) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+        for entry in source.infolist():
+            if entry.filename.endswith(".debug_pkl"):
+                continue
+            # One fixed date, so that equal models give equal bytes.
+            copy = zipfile.ZipInfo(entry.filename, (1980, 1, 1, 0, 0, 0))
+            copy.compress_type = entry.compress_type
+            target.writestr(copy, source.read(entry))
+
+
+FORMAT = _TorchScript()
