@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,10 @@ def _read(stream: IO[bytes], file: Path) -> Mapping[Any, Any]:
     if not zipped and head[:2] != b"\x80\x02":
         kind = "a pickle, which PyTorch did not write" if head[:1] == b"\x80" else "not a PyTorch file"
         raise CheckpointError(f"{file} is {kind}; it was not opened. Pass the .ckpt file that training wrote")
+    if zipped and (part := _changed_part(stream)):
+        raise CheckpointError(
+            f"{file} is damaged: its part {part} does not match its checksum; copy it again or pass an earlier one"
+        )
     try:
         with torch.serialization.safe_globals(_READABLE), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -234,6 +239,17 @@ def _read(stream: IO[bytes], file: Path) -> Mapping[Any, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}; a checkpoint holds named tensors")
     return content
+
+
+def _changed_part(stream: IO[bytes]) -> str | None:
+    """The first member of the zip file that differs from its checksum, which PyTorch writes but does not look at."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            return archive.testzip()
+    except Exception:  # not even a zip file: torch.load finds the words for that
+        return None
+    finally:
+        stream.seek(0)
 
 
 def _why_unreadable(file: Path, reason: str, zipped: bool) -> str:

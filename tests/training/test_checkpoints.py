@@ -244,6 +244,16 @@ def test_truncated(tmp_path: Path, ours: dict[str, Any], share: float) -> None:
         load_checkpoint(path)
 
 
+def test_a_flipped_bit_in_the_weights(tmp_path: Path, ours: dict[str, Any]) -> None:
+    path = write(tmp_path / "x.ckpt", ours)
+    data = bytearray(path.read_bytes())
+    weight = ours["state_dict"]["prediction_head.0.weight"].numpy().tobytes()
+    data[data.index(weight) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        load_checkpoint(path)
+
+
 class Evil:
     """Creates a file when unpickled by anything that runs code."""
 
