@@ -41,7 +41,10 @@ COLUMNS = (
     "images_per_s",
     "seconds",
 )
-"""Of metrics.csv. ``loss`` is the mean since the row before; the two last columns are the only ones with a clock."""
+"""Of metrics.csv. ``loss`` is the mean since the row before; the indicators of a collapse stand in the rows of the
+steps at which they were measured; the two last columns are the only ones with a clock."""
+
+_MEASURED = frozenset({"embedding_std", "projection_std", "effective_rank", "online_target_cosine"})
 
 COLLAPSED_STD = 0.1
 """Warn below this standard deviation of the projections, in units of 1/sqrt(width); healthy ones are near 1."""
@@ -64,11 +67,8 @@ def whole_file(target: Path) -> Iterator[Path]:
             with open(part, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(part, target)
-        except (OSError, RuntimeError) as error:
-            # torch.save wraps a failed write into a RuntimeError of its zip writer.
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())
             raise OutputError(
                 f"{target} cannot be written: {reason}; free some space or choose another --out. "
                 "What was written before is intact"
@@ -100,8 +100,15 @@ class WholeCheckpointIO(TorchCheckpointIO):  # type: ignore[misc]
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{target.parent} cannot be made: {error}; choose another --out") from error
-        with whole_file(target) as part:
-            torch.save(checkpoint, part)
+        with whole_file(target) as part, part.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # The zip writer says "unexpected pos" where the write before it failed with the reason.
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__context__
+                raise (cause or OSError(f"the file cannot be completed ({error})")) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint to the CPU, never executing anything that it holds."""
@@ -143,21 +150,6 @@ class Reseed(Callback):  # type: ignore[misc]
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Seed from (seed, epoch, rank)."""
         torch.manual_seed(stateless_seed(self.seed, trainer.current_epoch, trainer.global_rank, 2))
-
-
-class LossScale(Callback):  # type: ignore[misc]
-    """Multiplies the gradient, for learning rates that were published for another scale of the loss."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Before clipping, so that the limit holds for the scaled gradient."""
-        if self.scale != 1:
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(grads, self.scale)
 
 
 class Metrics(Callback):  # type: ignore[misc]
@@ -203,7 +195,7 @@ class Metrics(Callback):  # type: ignore[misc]
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss; write a row where one is due. On a GPU the loss is read only then: reading waits for it."""
-        loss = outputs["loss"].detach()
+        loss = outputs["loss"].detach() * _unscale(trainer, pl_module)
         self._losses.append(loss)
         if loss.device.type == "cpu":
             self._refuse_non_finite(trainer, float(loss))
@@ -227,7 +219,12 @@ class Metrics(Callback):  # type: ignore[misc]
         losses = torch.stack(self._losses).float().mean().item()
         self._refuse_non_finite(trainer, losses)
         now = time.perf_counter()
-        known = {name: float(value) for name, value in trainer.callback_metrics.items() if name in COLUMNS}
+        fresh = trainer.global_step % self.every == 0  # otherwise they are those of an earlier step
+        known = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name in COLUMNS and (fresh or name not in _MEASURED)
+        }
         row: dict[str, float] = {
             **known,
             "step": trainer.global_step,
@@ -237,10 +234,10 @@ class Metrics(Callback):  # type: ignore[misc]
         }
         self._losses.clear()
         self._since = now
-        self.last = row
+        self.last = {**self.last, **row}
         if self._file is None:
             return
-        row["seconds"] = self._before_s + now - self._start
+        row["seconds"] = self.last["seconds"] = self._before_s + now - self._start
         try:
             csv.writer(self._file).writerow([_cell(name, row.get(name)) for name in COLUMNS])
         except OSError as error:
@@ -280,6 +277,11 @@ class Metrics(Callback):  # type: ignore[misc]
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Close the files."""
         self.close()
+
+
+def _unscale(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+    """Factor from the loss that Lightning hands on, divided for accumulation and scaled, to the logged one."""
+    return float(trainer.accumulate_grad_batches / getattr(pl_module, "loss_scale", 1.0))
 
 
 def _cell(name: str, value: float | None) -> str:
@@ -396,7 +398,7 @@ class Progress(Callback):  # type: ignore[misc]
         if not trainer.is_global_zero or now - self._shown < pause:
             return
         self._shown = now
-        text = self._text(trainer, float(outputs["loss"]))
+        text = self._text(trainer, float(outputs["loss"]) * _unscale(trainer, pl_module))
         if self._bar is None:
             share = (batch_idx + 1) / trainer.num_training_batches
             print(f"{text}  ({share:.0%} of this epoch)", file=sys.stderr, flush=True)

@@ -19,13 +19,12 @@ import torch
 from PIL import Image
 
 from byol_deploy import __version__
-from byol_deploy.errors import DataError, OutputError, ProviderError, UsageError
+from byol_deploy.errors import DataError, OutputError, ProviderError, RecipeError, UsageError
 from byol_deploy.images import BadImages
 from byol_deploy.recipe import Recipe
 from byol_deploy.training.augment import left_out, stateless_seed
 from byol_deploy.training.byol import BYOL
 from byol_deploy.training.callbacks import (
-    LossScale,
     Metrics,
     Progress,
     Reseed,
@@ -219,7 +218,7 @@ def _fit(
         "data": {"fingerprint": store.fingerprint, "images": len(store), "channels": store.channels},
         "precision": precision,
     }
-    trainer.callbacks.extend([Reseed(recipe.train.seed), LossScale(recipe.optim.loss_scale), metrics])
+    trainer.callbacks.extend([Reseed(recipe.train.seed), metrics])
     if progress:
         trainer.callbacks.append(Progress(metrics, images))
     trainer.callbacks.append(RunCheckpoints(last.parent, entry, recipe.train.checkpoint_every_epochs))
@@ -230,6 +229,14 @@ def _fit(
         # Lightning turns Ctrl-C into exit code 1.
         say(f"stopped; continue with: byol-deploy train {data} --out {run_dir} --resume")
         raise KeyboardInterrupt from stop
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        # The effective rank of features that are no numbers any more is the first thing to fail.
+        raise RecipeError(
+            [
+                f"training diverged at step {trainer.global_step}: the features are not finite; lower optim.lr or "
+                "set optim.clip_grad_norm=1. The last checkpoint is from before"
+            ]
+        ) from error
     except DataError as error:
         # From a loader process the message comes wrapped in that process's trace.
         text = str(error).strip().rsplit("DataError: ", 1)[-1]
@@ -321,7 +328,9 @@ def _scan(
         progress=tell,
     )
     if first and bad.items:
-        text = "".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in bad.items)
+        text = "".join(
+            f"{' '.join((reason if name in reason else f'{name}: {reason}').split())}\n" for name, reason in bad.items
+        )
         with whole_file(run_dir / "bad_images.txt") as part:
             part.write_text(text, encoding="utf-8", errors="backslashreplace")
     if known is not None:
