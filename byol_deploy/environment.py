@@ -1,7 +1,7 @@
 """What this machine and this installation can do, found by trying rather than by asking.
 
-Used by ``byol-deploy doctor``. Nothing here needs more than the extra ``edge``; PyTorch, where it is installed, is asked
-in a process of its own.
+Used by ``byol-deploy doctor``. Nothing here needs more than the extra ``edge``; PyTorch, where it is installed, is
+asked in a process of its own.
 """
 
 from __future__ import annotations
@@ -33,18 +33,24 @@ RUNTIMES = (
     "ort-nightly",
     "ort-nightly-gpu",
 )
-# Name for a person: flags of x86 and of ARM in /proc/cpuinfo that mean it.
+# By the line of /proc/cpuinfo that lists them, x86's and ARM's: name for a person, flags that mean it.
 _FEATURES = {
-    "AVX2": {"avx2"},
-    "AVX-512": {"avx512f"},
-    "VNNI": {"avx512_vnni", "avx_vnni"},
-    "bf16": {"avx512_bf16", "bf16"},
-    "fp16": {"avx512_fp16", "asimdhp"},
-    "AMX": {"amx_tile"},
-    "NEON": {"asimd", "neon"},
-    "dot product": {"asimddp"},
-    "i8mm": {"i8mm"},
-    "SVE": {"sve"},
+    "flags": {
+        "AVX2": {"avx2"},
+        "AVX-512": {"avx512f"},
+        "VNNI": {"avx512_vnni", "avx_vnni"},
+        "bf16": {"avx512_bf16"},
+        "fp16": {"avx512_fp16"},
+        "AMX": {"amx_tile"},
+    },
+    "Features": {
+        "NEON": {"asimd", "neon"},
+        "dot product": {"asimddp"},
+        "i8mm": {"i8mm"},
+        "bf16": {"bf16"},
+        "fp16": {"asimdhp"},
+        "SVE": {"sve"},
+    },
 }
 _ASK_TORCH = """
 import json, torch
@@ -159,7 +165,7 @@ def runtime_conflicts() -> list[str]:
 
 
 def requirements() -> dict[str, list[str]]:
-    """The packages that each extra of byol-deploy names; empty where its metadata is not installed."""
+    """The packages that each extra of byol-deploy names, "dev" apart; empty where its metadata is not installed."""
     try:
         lines = metadata.requires("byol-deploy") or []
     except metadata.PackageNotFoundError:
@@ -168,7 +174,7 @@ def requirements() -> dict[str, list[str]]:
     for line in lines:
         name = re.match(r"[\w.-]+", line)
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
-        if name and extra and name.group() not in needs.setdefault(extra.group(1), []):
+        if name and extra and extra.group(1) != "dev" and name.group() not in needs.setdefault(extra.group(1), []):
             needs[extra.group(1)].append(name.group())
     return needs
 
@@ -178,22 +184,25 @@ def cpu(root: Path = Path("/")) -> dict[str, Any]:
     from byol_deploy.providers import usable_cores
 
     text = _text(root / "proc/cpuinfo")
-    fields = dict(re.findall(r"^([^:\n]+?)[ \t]*:[ \t]*(.*)$", text, re.MULTILINE))
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    fields: dict[str, str] = dict(re.findall(r"^([^:\n]+?)[ \t]*:[ \t]*(.*)$", text, re.MULTILINE))
+    features = None
+    for line, meanings in _FEATURES.items():
+        if line in fields:
+            flags = set(fields[line].split())
+            features = {name: bool(flags & meaning) for name, meaning in meanings.items()}
     model = fields.get("model name") or fields.get("Model") or _mac_model() or platform.processor()
     return {
         "model": model or platform.machine(),
         "usable_cores": usable_cores(),
         "host_cores": os.cpu_count(),
-        "features": {name: bool(flags & meaning) for name, meaning in _FEATURES.items()} if flags else None,
+        "features": features,
     }
 
 
 def memory(root: Path = Path("/")) -> dict[str, int | None]:
     """Memory of the machine and of this process's control group, in bytes."""
-    info = {
-        name: int(value) * 1024 for name, value in re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.M)
-    }
+    lines = re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    info = {name: int(value) * 1024 for name, value in lines}
     limits = []
     for file in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = _text(root / file).strip()
