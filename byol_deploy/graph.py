@@ -105,6 +105,7 @@ class EncoderGraph(nn.Module):
         Returns:
             Output name to (N, width), float32 or, from :meth:`doubled`, float64.
         """
+        images = np.require(images, requirements=["C", "W"])  # PyTorch cannot share what may not be written
         with torch.inference_mode():
             parts = [self(torch.from_numpy(images[start : start + batch_size]))
                      for start in range(0, len(images), batch_size)]  # fmt: skip

@@ -266,6 +266,11 @@ class ParityReport:
             header = ("compared", *header)
         lines = []
         for row in self.rows if all_rows else self.worst():
+            agreed = row.neighbour_agreement
+            if not all_rows:
+                # The worst row may be one of too few images to have neighbours.
+                known = [other.neighbour_agreement for other in self.rows if other.output == row.output]
+                agreed = min((value for value in known if value is not None), default=None)
             cells = (
                 row.output,
                 str(row.n),
@@ -275,7 +280,7 @@ class ParityReport:
                 _short(row.limit.noise_rel_l2 if row.limit else None),
                 _cosine(row.cosine_min),
                 _cosine(row.centred_cosine_min),
-                "–" if row.neighbour_agreement is None else f"{row.neighbour_agreement:.1%}",
+                "–" if agreed is None else f"{agreed:.1%}",
                 "PASS" if row.passed else "FAIL",
             )
             lines.append((row.subject, *cells) if all_rows else cells)

@@ -1,5 +1,77 @@
-"""`byol-deploy export`: being written."""
+"""`byol-deploy export`: a checkpoint becomes a bundle of verified model files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import JsonOption, emit, table, talk
 
 
-def export() -> None:
-    raise SystemExit("being written")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory of byol-deploy train.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="A format to write; repeat it for more. onnx when left out.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The bundle folder. Left out: 'bundle' in the run, or a folder beside the checkpoint."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of real images for the comparison; a few travel in the bundle.")
+    ] = None,
+    outputs: Annotated[
+        str | None, typer.Option(help="Some of embedding,projection,prediction, with commas. All when left out.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side in pixels, for a checkpoint that does not carry its preprocessing.")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set, 18 or newer.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="For a checkpoint that does not say what its backbone is, e.g. timm/resnet18.")
+    ] = None,
+    trust_backbone: Annotated[
+        bool, typer.Option("--trust-backbone", help="Import the checkpoint's own module:callable backbone.")
+    ] = False,
+    keep_failed: Annotated[
+        Path | None, typer.Option(help="Where to keep files that failed the comparison, for a look.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Export the online branch, prove every file against the trained model, and publish them as one bundle.
+
+    The momentum branch is stripped, preprocessing goes into the graph, and each file is loaded again and compared
+    with PyTorch on real and on awkward images at batch 1, 2 and 7. When one fails nothing is published, an older
+    bundle stays, and the exit code is 5.
+    """
+    from byol_deploy.pipeline import export as run_export
+
+    bundle = run_export(
+        checkpoint,
+        formats=formats or ("onnx",),
+        out=out,
+        data=data,
+        outputs=None if outputs is None else [name.strip() for name in outputs.split(",") if name.strip()],
+        image_size=image_size,
+        opset=opset,
+        backbone=backbone,
+        trust_backbone=trust_backbone,
+        keep_failed=keep_failed,
+        say=talk,
+    )
+    manifest = bundle.manifest
+    rows = [
+        (item.file, item.format, item.precision, f"{item.bytes:,}", "PASS" if item.parity["passed"] else "FAIL")
+        for item in manifest.artefacts
+    ]
+    lines = [
+        table("", ("file", "format", "precision", "bytes", "parity"), rows),
+        f"stripped {len(manifest.model.stripped_keys)} keys of the momentum branch; "
+        f"online parameters {manifest.model.parameter_hash}",
+        *(f"WARNING {warning}" for warning in dict.fromkeys(w for a in manifest.artefacts for w in a.parity["warnings"])),
+        f"published {bundle.path}",
+    ]  # fmt: skip
+    emit({"path": str(bundle.path), "passed": True, **manifest.to_dict()}, "\n".join(lines), as_json=json)

@@ -66,6 +66,8 @@ class Format(Protocol):
     """Packages that an export needs."""
     runs_with: tuple[str, ...]
     """Packages that running a written file needs."""
+    opens_in_encoder: bool
+    """Whether :class:`byol_deploy.Encoder` opens it."""
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """Write ``graph`` (a torch module in evaluation mode) to ``path``.

@@ -43,6 +43,7 @@ class _Onnx:
     extra = "train"
     requires = ("torch", "onnx", "onnxscript", "onnxruntime")
     runs_with = ("onnxruntime",)
+    opens_in_encoder = True
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
@@ -50,8 +51,9 @@ class _Onnx:
         if opset not in OPSETS:
             raise UsageError(f"opset is {opset}; use {OPSETS.start} to {OPSETS.stop - 1}")
         model = _trace(graph, signature, opset)
-        _tidy(model)
-        _name_after_modules(model)
+        parameters = set(model.graph.initializers)
+        _tidy(model, parameters)
+        _name_after_modules(model, parameters)
         model.metadata_props.update(carried)
         further = _save(model, path)
         _check(path)
@@ -63,10 +65,12 @@ class _Onnx:
 
         session = create_session(path, provider=options.provider, threads=options.threads)
         outputs = [output.name for output in session.get_outputs()]
-        (images_name,) = [entry.name for entry in session.get_inputs()]
+        inputs = [entry.name for entry in session.get_inputs()]
+        if len(inputs) != 1:
+            raise BundleError(f"{path} takes {len(inputs)} inputs; an encoder takes one, the images")
 
         def run(images: np.ndarray) -> dict[str, np.ndarray]:
-            return dict(zip(outputs, session.run(outputs, {images_name: images}), strict=True))
+            return dict(zip(outputs, session.run(outputs, {inputs[0]: images}), strict=True))
 
         return run
 
@@ -150,13 +154,11 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def _tidy(model: Any) -> None:
+def _tidy(model: Any, parameters: set[str]) -> None:
     """Fold what does not depend on parameters or images, and drop what is left without use."""
     import onnx_ir.passes.common as common
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
-
-    parameters = set(model.graph.initializers)
 
     def may_fold(node: Any) -> bool | None:
         # None is the optimiser's own judgement. A folded parameter would vanish under an invented name.
@@ -172,6 +174,8 @@ def _tidy(model: Any) -> None:
                     rules.no_op_cast_rule,
                     rules.no_op_transpose_rule,
                     rules.no_op_expand_rule,
+                    rules.collapse_slice_rule,
+                    rules.collapse_slice2_rule,
                     rules.remove_optional_bias_from_conv_rule,
                     rules.remove_optional_bias_from_gemm_rule,
                 ]
@@ -185,14 +189,16 @@ def _tidy(model: Any) -> None:
         common.OutputFixPass()(model)
 
 
-def _name_after_modules(model: Any) -> None:
+def _name_after_modules(model: Any, parameters: set[str]) -> None:
     """Name nodes and values after their module, and replace the exporter's metadata by one source line.
 
     ``backbone.layer1.0.conv1`` becomes the node ``backbone/layer1/0/conv1/Conv`` with the output
-    ``backbone/layer1/0/conv1/Conv:0``. Initialisers keep their names, which are state-dict keys. Stack traces name the
-    builder's folders: of each only the innermost file, from its package on, and the line stay.
+    ``backbone/layer1/0/conv1/Conv:0``. Parameters keep their names, which are state-dict keys; constants take the name
+    of the node that uses them. Stack traces name the builder's folders: of each only one file, from its package on,
+    and the line stay.
     """
     graph = model.graph
+    constants = [value for name, value in graph.initializers.items() if name not in parameters]
     fixed = {value.name for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]}
     taken: dict[str, int] = {}
     for node in graph.all_nodes():
@@ -209,6 +215,9 @@ def _name_after_modules(model: Any) -> None:
             value.metadata_props.clear()
             if value.name and value.name not in fixed:
                 value.name = f"{node.name}:{place}"
+    for value in constants:
+        user, place = next(iter(value.uses()))
+        value.name = f"{user.name}/constant_{place}"
     for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
         value.metadata_props.clear()
         value.doc_string = None
@@ -230,16 +239,21 @@ def _scope(text: str) -> str:
 
 
 def _source(trace: str) -> str:
-    """``timm/models/resnet.py:241`` of the innermost frame; of code outside site-packages the file name alone."""
-    frames = _TRACE_LINE.findall(trace)
-    if not frames:
-        return ""
-    file, line = frames[-1]
-    parts = file.replace("\\", "/").split("/")
-    for anchor in ("site-packages", "dist-packages"):
-        if anchor in parts:
-            return f"{'/'.join(parts[parts.index(anchor) + 1 :])}:{line}"
-    return f"{parts[-1]}:{line}"
+    """``timm/models/resnet.py:241``: the innermost line that is not PyTorch's own.
+
+    Of code outside site-packages the file's name alone.
+    """
+    found = ""
+    for file, line in _TRACE_LINE.findall(trace):
+        parts = file.replace("\\", "/").split("/")
+        anchor = next((name for name in ("site-packages", "dist-packages") if name in parts), None)
+        if "byol_deploy" in parts:
+            inside = parts[parts.index("byol_deploy") :]
+        else:
+            inside = parts[parts.index(anchor) + 1 :] if anchor else parts[-1:]
+        if inside[0] != "torch":
+            found = f"{'/'.join(inside)}:{line}"
+    return found
 
 
 def _save(model: Any, path: Path) -> tuple[Path, ...]:

@@ -32,6 +32,7 @@ class _TorchScript:
     extra = "train"
     requires = ("torch",)
     runs_with = ("torch",)
+    opens_in_encoder = False
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
@@ -71,7 +72,7 @@ class _TorchScript:
 
         def run(images: np.ndarray) -> dict[str, np.ndarray]:
             with _threads(options.threads), torch.inference_mode(), _quiet():
-                values = module(torch.from_numpy(np.ascontiguousarray(images)).to(device))
+                values = module(torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device))
             named = outputs or [f"output_{place}" for place in range(len(values))]
             if len(values) != len(named):
                 # Left to the comparison: names that nobody expects fail there.

@@ -1,0 +1,265 @@
+"""Export: every file is written, closed, loaded again and compared, and only then published."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from byol_deploy import __version__
+from byol_deploy import formats as known_formats
+from byol_deploy.bundle import (
+    GOLDEN_FILE,
+    Artefact,
+    Bundle,
+    ExtraFile,
+    GoldenFile,
+    InputContract,
+    Manifest,
+    ModelInfo,
+    Output,
+    carry,
+    golden_to_bytes,
+    publish,
+    sha256_file,
+)
+from byol_deploy.errors import ExportError, OutputError, ParityError, UsageError
+from byol_deploy.formats import Format, RunOptions, Signature
+from byol_deploy.images import printable
+from byol_deploy.parity import ParityReport
+from byol_deploy.pipeline.proof import BranchProof, compare_file, few, momentum_tensors, prove_branch
+from byol_deploy.pipeline.reference import Reference, build_reference, choose_golden
+from byol_deploy.preprocess import Preprocessing
+from byol_deploy.runtime import usable_cores
+
+if TYPE_CHECKING:
+    from byol_deploy.graph import EncoderGraph
+    from byol_deploy.training.checkpoints import LoadedCheckpoint
+
+_PACKAGES = ("torch", "torchvision", "timm", "lightning", "onnx", "onnxscript", "numpy", "pillow")
+
+Say = Callable[[str], None]
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    *,
+    formats: Sequence[str] = ("onnx",),
+    out: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    image_size: int | None = None,
+    opset: int | None = None,
+    backbone: str | None = None,
+    trust_backbone: bool = False,
+    keep_failed: str | os.PathLike[str] | None = None,
+    say: Say | None = None,
+) -> Bundle:
+    """Export the online branch of a checkpoint, prove every written file, and publish them as one bundle.
+
+    Args:
+        checkpoint: A checkpoint, or a run directory.
+        formats: Names of formats, see :func:`byol_deploy.formats.available`.
+        out: The bundle folder; None is ``bundle`` in the run directory, or a folder beside the checkpoint. An existing
+            bundle there is replaced when everything passed; any other folder is refused.
+        data: Real images for the comparison and the golden cases; None takes photographs that ship with byol-deploy.
+        outputs: Some of ``embedding``, ``projection``, ``prediction``; None is all.
+        image_size: Side in pixels, for a checkpoint that does not carry its preprocessing.
+        opset: ONNX operator set; None is the format's choice.
+        backbone: For a checkpoint that does not say what its backbone is.
+        trust_backbone: Import the recipe's own ``module:callable`` backbone.
+        keep_failed: Where files that failed are kept, with their report, for a look; must not exist.
+        say: Called with a line of progress now and then.
+
+    Returns:
+        The published bundle.
+
+    Raises:
+        ParityError: A file differs from the trained model, or holds other parameters. Nothing was published.
+        ExportError: An exporter could not write its file. Nothing was published.
+        CheckpointError, DataError, OutputError, UsageError, MissingExtraError: See :mod:`byol_deploy.errors`.
+    """
+    say = say or (lambda line: None)
+    chosen = _chosen_formats(formats)
+    if keep_failed is not None and Path(keep_failed).exists():
+        raise OutputError(f"{printable(keep_failed)} exists already; choose another folder for --keep-failed")
+
+    from byol_deploy.graph import OUTPUTS, EncoderGraph, choose_outputs
+    from byol_deploy.training.checkpoints import load_checkpoint
+
+    names = choose_outputs(OUTPUTS if outputs is None else outputs)
+    loaded = load_checkpoint(checkpoint, backbone=backbone, trust_backbone=trust_backbone)
+    preprocessing = _preprocessing(loaded, image_size)
+    target = Path(out) if out is not None else _default_out(loaded.path)
+    graph = EncoderGraph(loaded.model, preprocessing, names)
+    label = _backbone_name(loaded)
+    say(f"online branch of {printable(loaded.path)}: {label}, {graph.parameter_count():,} parameters, "
+        f"{graph.parameter_hash()}")  # fmt: skip
+    say(f"stripped: {len(loaded.momentum_keys)} tensors of the momentum branch")
+
+    with publish(target) as folder:
+        say("computing the reference in float32 and float64")
+        reference = build_reference(loaded, graph, preprocessing, data)
+        say(f"comparing on {reference.described}{'' if data else ' (name your own with --data)'}")
+        golden = choose_golden(reference)
+        manifest = _manifest(loaded, graph, preprocessing, reference, label)
+        carried = carry(manifest, golden)
+        signature = _signature(graph, opset)
+        artefacts = []
+        failures = []
+        for format in chosen:
+            path = folder / f"model{format.suffix}"
+            say(f"writing {path.name}")
+            try:
+                further = format.export(graph, signature, path, carried)
+            except ExportError as error:
+                raise ExportError(f"{label} cannot be exported to {format.name}: {error}") from error
+            say(f"comparing {path.name}, as written, with PyTorch")
+            report, proof = _prove(path, format, graph, loaded, reference)
+            artefacts.append(_artefact(path, further, format, report, reference, proof))
+            say(f"{path.name}: {'PASS' if report.passed and proof.passed else 'FAIL'}\n{report.table()}\n{proof}")
+            failures += [f"{path.name}: {failure}" for failure in proof.faults]
+            failures += report.failures if not report.passed else []
+        if failures:
+            kept = ""
+            if keep_failed is not None:
+                _keep(folder, Path(keep_failed), artefacts)
+                kept = f" The files are in {printable(keep_failed)}."
+            raise ParityError(
+                f"nothing was published: what was written differs from the trained model. {few(failures, 6)}.{kept}"
+            )
+        packed = golden_to_bytes(golden)
+        (folder / GOLDEN_FILE).write_bytes(packed)
+        entry = GoldenFile(GOLDEN_FILE, hashlib.sha256(packed).hexdigest(), len(golden.images))
+        replace(manifest, golden=entry, artefacts=tuple(artefacts)).save(folder)
+    say(f"published {printable(target)}")
+    return Bundle.open(target)
+
+
+def _chosen_formats(names: Sequence[str]) -> list[Format]:
+    if not names:
+        raise UsageError(f"no format is given; choose from {', '.join(known_formats.available())}")
+    chosen = [known_formats.get(name) for name in dict.fromkeys(names)]
+    for format in chosen:
+        known_formats.require(format)
+    return chosen
+
+
+def _signature(graph: EncoderGraph, opset: int | None) -> Signature:
+    return Signature(size_px=graph.size_px, outputs=graph.outputs, opset=opset)
+
+
+def _preprocessing(loaded: LoadedCheckpoint, image_size: int | None) -> Preprocessing:
+    own = loaded.preprocessing
+    if own is None:
+        if image_size is None:
+            raise UsageError(
+                f"{printable(loaded.path)} does not say how its images were prepared; give --image-size, the side in "
+                "pixels of the images that it was trained on"
+            )
+        try:
+            return Preprocessing(size_px=image_size)
+        except ValueError as error:
+            raise UsageError(f"--image-size: {error}") from None
+    if image_size is not None and image_size != own.size_px:
+        raise UsageError(
+            f"--image-size is {image_size}, but the checkpoint was trained for {own.size_px} px; leave the option out"
+        )
+    return own
+
+
+def _default_out(checkpoint: Path) -> Path:
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name == "checkpoints" and (run / "recipe.yaml").is_file():
+        return run / "bundle"
+    return checkpoint.with_name(f"{checkpoint.stem}-bundle")
+
+
+def _backbone_name(loaded: LoadedCheckpoint) -> str:
+    return loaded.recipe.model.backbone if loaded.recipe else type(loaded.model.backbone).__name__
+
+
+def _prove(
+    path: Path, format: Format, graph: EncoderGraph, loaded: LoadedCheckpoint, reference: Reference
+) -> tuple[ParityReport, BranchProof]:
+    report = compare_file(path, format, reference, RunOptions()).with_warnings(reference.warnings)
+    return report, prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
+
+
+def _manifest(
+    loaded: LoadedCheckpoint, graph: EncoderGraph, preprocessing: Preprocessing, reference: Reference, label: str
+) -> Manifest:
+    widths = {name: values.shape[1] for name, values in reference.real.expected.items()}
+    recipe = loaded.recipe
+    return Manifest(
+        model=ModelInfo(
+            backbone=label,
+            backbone_args=dict(recipe.model.backbone_args) if recipe else {},
+            width=loaded.model.width,
+            parameters=graph.parameter_count(),
+            parameter_hash=graph.parameter_hash(),
+            checkpoint_sha256=loaded.sha256,
+            global_step=loaded.global_step,
+            epoch=loaded.epoch,
+            stripped_keys=loaded.momentum_keys,
+        ),
+        input=InputContract(preprocessing),
+        outputs=tuple(Output(name, widths[name]) for name in graph.outputs),
+        limits={name: limit.to_dict() for name, limit in reference.real.limits.items()},
+        recipe=recipe.to_dict() if recipe else None,
+        written_by=_versions(),
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def _artefact(
+    path: Path,
+    further: Iterable[Path],
+    format: Format,
+    report: ParityReport,
+    reference: Reference,
+    proof: BranchProof,
+) -> Artefact:
+    return Artefact(
+        file=path.name,
+        format=format.name,
+        precision="fp32",
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        extra_files=tuple(ExtraFile(item.name, sha256_file(item), item.stat().st_size) for item in further),
+        parity=report.to_dict(),
+        host={
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cores": usable_cores(),
+            "images": reference.described,
+            "tensors": str(proof),
+            **_versions(),
+        },
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"byol-deploy": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import onnxruntime
+
+    return {**found, "onnxruntime": onnxruntime.__version__}
+
+
+def _keep(folder: Path, target: Path, artefacts: Iterable[Artefact]) -> None:
+    shutil.copytree(folder, target)
+    report = {artefact.file: {"parity": artefact.parity, "host": artefact.host} for artefact in artefacts}
+    (target / "failed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
