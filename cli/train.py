@@ -45,14 +45,6 @@ def train(
     from ..errors import MissingExtraError, RecipeError
     from ..recipe import Recipe
 
-    try:
-        from ..training.fit import fit
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in {"torch", "torchvision", "timm", "lightning"}:
-            raise
-        raise MissingExtraError("training", package, "train") from error
-
     options: dict[str, Any] = {
         "model.backbone": backbone,
         "train.epochs": epochs,
@@ -77,6 +69,15 @@ def train(
             faults.extend(error.faults)
     if faults:
         raise RecipeError(faults)
+
+    # Only now: a typing mistake should not wait for PyTorch.
+    try:
+        from ..training.fit import fit
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in {"torch", "torchvision", "timm", "lightning"}:
+            raise
+        raise MissingExtraError("training", package, "train") from error
 
     result = fit(
         data,

@@ -4,30 +4,55 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-
-PROGRAM = str(Path(sys.executable).with_name("byol-deploy"))
-SMALL = (
-    "--backbone=timm/test_resnet --image-size=32 --batch-size=16 --precision=32 --seed=3 --workers=0 "
-    "--set=model.projection_hidden=32 --set=model.projection_size=16"
-).split()
+import torch
+from byol_deploy.cli.main import main
 
 
-def train(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [PROGRAM, "train", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+class Done(NamedTuple):
+    """What a process would have left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+SMALL = [
+    "--backbone=timm/test_resnet",
+    "--image-size=32",
+    "--batch-size=16",
+    "--precision=32",
+    "--seed=3",
+    "--workers=0",
+    "--set=model.projection_hidden=32",
+    "--set=model.projection_size=16",
+]
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
+    """Run the program in this process (PyTorch takes seconds to load): exit code, stdout, stderr."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["byol-deploy", "train", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capfd.readouterr()
+        return Done(code, said.out, said.err)
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -39,42 +64,40 @@ def few(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_train_kill_resume(few, tmp_path) -> None:
-    """Killed as soon as there is a checkpoint, continued to the same result as a run that was left alone."""
-    whole = train(few, *SMALL, "--epochs", 6, "--out", tmp_path / "whole", "--json")
-    assert whole.returncode == 0, whole.stderr
-    document = json.loads(whole.stdout)
-    assert document["epochs"] == 6
-    assert document["steps"] == 12
-    assert Path(document["checkpoint"]).is_file()
-    assert "precision 32 (as asked)" in whole.stderr
-
+def test_train_and_again(few, tmp_path, train) -> None:
     run = tmp_path / "run"
-    command = [PROGRAM, "train", str(few), *SMALL, "--epochs", "6", "--out", str(run)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    while not (run / "checkpoints/last.ckpt").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    resumed = train(few, "--out", run, "--resume", "--json")
-    assert resumed.returncode == 0, resumed.stderr
-    mine, theirs = json.loads(resumed.stdout)["metrics"], document["metrics"]
-    for name in ("loss", "lr", "tau", "step"):
-        assert mine[name] == theirs[name]
+    first = train(few, *SMALL, "--epochs", 2, "--out", run, "--json")
+    assert first.returncode == 0, first.stderr
+    document = json.loads(first.stdout)
+    assert (document["epochs"], document["steps"], document["images"]) == (2, 4, 40)
+    assert document["checkpoint"] == str(run / "checkpoints/last.ckpt")
+    assert Path(document["checkpoint"]).is_file()
+    assert document["metrics"]["step"] == 4
+    for part in ("precision 32 (as asked)", "loader processes: 0 (as asked)", "40 grey", "saturation, hue, grey"):
+        assert part in first.stderr
 
-    # The same command line again says that all is done; a longer one is another training.
-    again = train(few, *SMALL, "--epochs", 6, "--out", run, "--resume")
-    assert again.returncode == 0
-    assert "complete: 6 of 6" in again.stderr
-    assert again.stdout.strip() == str(run / "checkpoints/last.ckpt")
+    # The same command line again, and none of its options: all is done. A longer one is another training.
+    for options in ([*SMALL, "--epochs", 2], []):
+        again = train(few, *options, "--out", run, "--resume")
+        assert again.returncode == 0, again.stderr
+        assert "complete: 2 of 2" in again.stderr
+        assert again.stdout.strip() == str(run / "checkpoints/last.ckpt")
     longer = train(few, "--epochs", 7, "--out", run, "--resume")
     assert longer.returncode == 2
-    assert "train.epochs is 6 in the run, 7 was asked for" in longer.stderr
+    assert "train.epochs is 2 in the run, 7 was asked for" in longer.stderr
 
 
-def test_faults_are_told_together_and_first(few, tmp_path) -> None:
+def test_the_run_directory_has_a_name_by_default(few, tmp_path, train, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BYOL_DEPLOY_RUN_DIR", raising=False)
+    done = train(few, *SMALL, "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith(few.name)
+    assert (run / "checkpoints/last.ckpt").is_file()
+
+
+def test_faults_are_told_together_and_first(few, tmp_path, train) -> None:
     run = tmp_path / "run"
     done = train(few, "--epochs", 0, "--image-size", 5, "--set", "optim.lrr=3", "--out", run, "--json")
     assert done.returncode == 3
@@ -98,10 +121,11 @@ def test_faults_are_told_together_and_first(few, tmp_path) -> None:
         (["FEW", "--max-bad-share", "2"], 3, "data.max_bad_share is 2.0; use a number from 0 to 1"),
     ],
 )
-def test_bad_input(few, tmp_path, arguments, code, words) -> None:
+def test_bad_input(few, tmp_path, train, monkeypatch, arguments, code, words) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").write_text("precious")
-    done = train(*(str(few) if part == "FEW" else part for part in arguments), cwd=tmp_path)
+    done = train(*(str(few) if part == "FEW" else part for part in arguments))
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -109,7 +133,7 @@ def test_bad_input(few, tmp_path, arguments, code, words) -> None:
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_output(few, tmp_path) -> None:
+def test_read_only_output(few, tmp_path, train) -> None:
     tmp_path.chmod(0o500)
     done = train(few, *SMALL, "--out", tmp_path / "run")
     tmp_path.chmod(0o700)
@@ -117,7 +141,7 @@ def test_read_only_output(few, tmp_path) -> None:
     assert "cannot be made" in done.stderr
 
 
-def test_output_below_a_file(few, tmp_path) -> None:
+def test_output_below_a_file(few, tmp_path, train) -> None:
     (tmp_path / "file").write_text("")
     done = train(few, *SMALL, "--out", tmp_path / "file/run")
     assert done.returncode == 3
