@@ -41,6 +41,8 @@ _PLACE = {
     errno.ENAMETOOLONG: "its name is too long; choose another --out",
     errno.EINVAL: "its name is not valid there; choose another --out",
 }
+# Said of the place before the work begins; later on, a missing file is somebody's bug.
+_OPENING = {errno.ENOENT: "its folder does not exist and cannot be made; choose another --out"}
 _NEARLY_NOTHING_BYTES = 1 << 16
 
 
@@ -63,7 +65,7 @@ def publish_folder(target: str | os.PathLike[str], may_replace: Callable[[Path],
     """
     final = Path(os.path.realpath(target))
     shown = printable(target)
-    with _explained(shown, final.parent):
+    with _explained(shown, final.parent, opening=True):
         final.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(final)
         _check_folder(final, shown, may_replace)
@@ -100,7 +102,7 @@ def publish_file(target: str | os.PathLike[str], *, force: bool = False) -> Iter
     """
     final = Path(os.path.realpath(target))
     shown = printable(target)
-    with _explained(shown, final.parent):
+    with _explained(shown, final.parent, opening=True):
         check_file(target, force=force)
         final.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(final)
@@ -216,12 +218,12 @@ def _unlocked(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(shown: str, place: Path) -> Iterator[None]:
+def _explained(shown: str, place: Path, *, opening: bool = False) -> Iterator[None]:
     """Turn what the place did to us into an OutputError."""
     try:
         yield
     except OSError as error:
-        reason = _PLACE.get(error.errno or 0)
+        reason = (_PLACE | _OPENING if opening else _PLACE).get(error.errno or 0)
         if reason is None or not _is_about(error, place):
             raise
         raise OutputError(f"{shown} cannot be written: {reason}") from error

@@ -329,7 +329,7 @@ class _Reader:
 
     def path(self, key: str) -> str:
         value = self.text(key)
-        if value and not is_plain_path(value):
+        if isinstance(self.data.get(key), str) and not is_plain_path(value):
             self.fault(key, "a path that stays in the bundle, such as model.onnx")
         return value
 
