@@ -76,7 +76,10 @@ class EncoderGraph(nn.Module):
         self.outputs = choose_outputs(outputs)
         self.size_px = preprocessing.size_px
         self.preprocessing = Normalize(preprocessing)
+        modes = [(module, module.training) for module in model.modules()]
         online = copy.deepcopy(model.online())
+        for module, training in modes:  # a layer that the caller froze in evaluation mode stays so
+            module.training = training
         self.backbone = online.backbone
         self.feature_map = online.feature_map
         self._head_takes_map = online.head_takes_map

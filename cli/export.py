@@ -67,11 +67,12 @@ def export(
         (item.file, item.format, item.precision, f"{item.bytes:,}", "PASS" if item.parity["passed"] else "FAIL")
         for item in manifest.artefacts
     ]
+    warnings = dict.fromkeys(text for item in manifest.artefacts for text in item.parity["warnings"])
     lines = [
         table("", ("file", "format", "precision", "bytes", "parity"), rows),
         f"stripped {len(manifest.model.stripped_keys)} keys of the momentum branch; "
         f"online parameters {manifest.model.parameter_hash}",
-        *(f"WARNING {warning}" for warning in dict.fromkeys(w for a in manifest.artefacts for w in a.parity["warnings"])),
+        *(f"WARNING {warning}" for warning in warnings),
         f"published {bundle.path}",
-    ]  # fmt: skip
+    ]
     emit({"path": str(bundle.path), "passed": True, **manifest.to_dict()}, "\n".join(lines), as_json=json)

@@ -5,7 +5,8 @@ Importing this package imports no PyTorch: :func:`verify` of a bundle or an ONNX
 
 from __future__ import annotations
 
+from byol_deploy.pipeline.opening import open_artefact, open_embedder
 from byol_deploy.pipeline.publishing import export
 from byol_deploy.pipeline.verifying import ArtefactVerdict, Check, VerifyReport, verify
 
-__all__ = ["ArtefactVerdict", "Check", "VerifyReport", "export", "verify"]
+__all__ = ["ArtefactVerdict", "Check", "VerifyReport", "export", "open_artefact", "open_embedder", "verify"]

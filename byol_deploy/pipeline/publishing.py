@@ -97,7 +97,7 @@ def export(
 
     names = choose_outputs(OUTPUTS if outputs is None else outputs)
     loaded = load_checkpoint(checkpoint, backbone=backbone, trust_backbone=trust_backbone)
-    preprocessing = _preprocessing(loaded, image_size)
+    preprocessing = checkpoint_preprocessing(loaded, image_size)
     target = Path(out) if out is not None else _default_out(loaded.path)
     graph = EncoderGraph(loaded.model, preprocessing, names)
     label = _backbone_name(loaded)
@@ -110,7 +110,7 @@ def export(
         reference = build_reference(loaded, graph, preprocessing, data)
         say(f"comparing on {reference.described}{'' if data else ' (name your own with --data)'}")
         golden = choose_golden(reference)
-        manifest = _manifest(loaded, graph, preprocessing, reference, label)
+        manifest = describe_export(loaded, graph, preprocessing, reference, label)
         carried = carry(manifest, golden)
         signature = _signature(graph, opset)
         artefacts = []
@@ -157,7 +157,8 @@ def _signature(graph: EncoderGraph, opset: int | None) -> Signature:
     return Signature(size_px=graph.size_px, outputs=graph.outputs, opset=opset)
 
 
-def _preprocessing(loaded: LoadedCheckpoint, image_size: int | None) -> Preprocessing:
+def checkpoint_preprocessing(loaded: LoadedCheckpoint, image_size: int | None) -> Preprocessing:
+    """What a checkpoint says about its input, or ``image_size`` with ImageNet statistics where it says nothing."""
     own = loaded.preprocessing
     if own is None:
         if image_size is None:
@@ -194,9 +195,10 @@ def _prove(
     return report, prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
 
 
-def _manifest(
+def describe_export(
     loaded: LoadedCheckpoint, graph: EncoderGraph, preprocessing: Preprocessing, reference: Reference, label: str
 ) -> Manifest:
+    """The manifest of an export, still without artefacts and golden cases."""
     widths = {name: values.shape[1] for name, values in reference.real.expected.items()}
     recipe = loaded.recipe
     return Manifest(
