@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 
-from byol_deploy.errors import OutputError, RecipeError
+from byol_deploy.atomic import publish_file
+from byol_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
     from byol_deploy.preprocess import Preprocessing
@@ -375,16 +376,9 @@ class Recipe(_Checked):
         Raises:
             OutputError: when the file cannot be written.
         """
-        target = Path(path)
-        part = target.with_name(f".{target.name}.partial")
         text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-        try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, target)
-        except OSError as error:
-            raise OutputError(
-                f"{target} cannot be written: {error}; choose another place or free some space"
-            ) from error
+        with publish_file(path, force=True) as file:
+            file.write(text.encode())
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data (texts, numbers, lists, dicts), with every key."""

@@ -186,7 +186,7 @@ def test_files_that_are_no_recipes(tmp_path) -> None:
     with pytest.raises(RecipeError, match=r"no recipe 'papre' \(did you mean paper\?\)"):
         Recipe.load("papre")
     with pytest.raises(OutputError, match="cannot be written"):
-        Recipe().save(tmp_path / "absent" / "r.yaml")
+        Recipe().save(tmp_path / "list.yaml" / "r.yaml")
 
 
 def test_every_shipped_recipe_loads() -> None:

@@ -9,11 +9,10 @@ import contextlib
 import csv
 import io
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
+from byol_deploy.atomic import publish_file
 from byol_deploy.errors import CheckpointError, OutputError, RecipeError
 from byol_deploy.training.augment import stateless_seed
 
@@ -50,40 +50,7 @@ COLLAPSED_STD = 0.1
 """Warn below this standard deviation of the projections, in units of 1/sqrt(width); healthy ones are near 1."""
 
 
-# --- writing files whole ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``target`` and rename it on success: the file is whole, or not there.
-
-    Raises:
-        OutputError: when the place is full or read-only; what stood there stays.
-    """
-    part = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        try:
-            yield part
-            with open(part, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(part, target)
-        except OSError as error:
-            reason = error.strerror or " ".join(str(error).split())
-            raise OutputError(
-                f"{target} cannot be written: {reason}; free some space or choose another --out. "
-                "What was written before is intact"
-            ) from error
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed runs left in ``folder``."""
-    for part in folder.glob(".*.partial*"):
-        with contextlib.suppress(OSError):
-            part.unlink()
+# --- checkpoints on the disk ----------------------------------------------------------------------------------------
 
 
 class WholeCheckpointIO(TorchCheckpointIO):  # type: ignore[misc]
@@ -94,13 +61,12 @@ class WholeCheckpointIO(TorchCheckpointIO):  # type: ignore[misc]
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint``; see :func:`whole_file`."""
-        target = Path(path)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{target.parent} cannot be made: {error}; choose another --out") from error
-        with whole_file(target) as part, part.open("wb") as file:
+        """Write ``checkpoint``, whole or not at all.
+
+        Raises:
+            OutputError: when the place is full or read-only; what stood there stays.
+        """
+        with publish_file(path, force=True) as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
@@ -108,7 +74,7 @@ class WholeCheckpointIO(TorchCheckpointIO):  # type: ignore[misc]
                 cause: BaseException | None = error
                 while cause is not None and not isinstance(cause, OSError):
                     cause = cause.__context__
-                raise (cause or OSError(f"the file cannot be completed ({error})")) from error
+                raise (cause or error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint to the CPU, never executing anything that it holds."""
@@ -183,8 +149,10 @@ class Metrics(Callback):  # type: ignore[misc]
             return
         rows = _rows_until(self.path, self.resumed_at)
         self._before_s = float(rows[-1][-1]) if rows else 0.0
-        with whole_file(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+        with publish_file(self.path, force=True) as file:
+            file.write(text.getvalue().encode())
         self._file = self.path.open("a", newline="", encoding="utf-8", buffering=1)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -239,7 +207,7 @@ class Metrics(Callback):  # type: ignore[misc]
             return
         row["seconds"] = self.last["seconds"] = self._before_s + now - self._start
         try:
-            csv.writer(self._file).writerow([_cell(name, row.get(name)) for name in COLUMNS])
+            csv.writer(self._file, lineterminator="\n").writerow([_cell(name, row.get(name)) for name in COLUMNS])
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error}; free some space and add --resume") from error
         if self._events is not None:
@@ -334,11 +302,8 @@ class RunCheckpoints(Checkpoint):  # type: ignore[misc]
         trainer.save_checkpoint(last)
         done = trainer.current_epoch + 1
         if trainer.is_global_zero and self.every_epochs and done % self.every_epochs == 0:
-            with whole_file(self.folder / f"epoch={done:03d}.ckpt") as part:
-                try:
-                    os.link(last, part)  # last.ckpt is only ever replaced, never changed: no second copy needed
-                except OSError:
-                    shutil.copyfile(last, part)
+            with publish_file(self.folder / f"epoch={done:03d}.ckpt", force=True) as file, last.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
 
 
 class Progress(Callback):  # type: ignore[misc]

@@ -453,17 +453,14 @@ def choose_workers(asked: int | str, data: TwoCrops, batch_size: int, on_cpu: bo
     return min(cores(), 8), f"a batch loads in {batch_ms:.0f} ms"
 
 
-def write_list(path: Path, files: Sequence[ImageFile]) -> None:
-    """Write the images that a run uses, one a line: channels, bytes, name."""
-    path.write_text(
-        "".join(f"{file.channels}\t{file.bytes}\t{_escape(file.name)}\n" for file in files),
-        encoding="utf-8",
-        errors="surrogateescape",
-    )
+def list_text(files: Sequence[ImageFile]) -> bytes:
+    """The images that a run uses, one a line: channels, bytes, name."""
+    lines = "".join(f"{file.channels}\t{file.bytes}\t{_escape(file.name)}\n" for file in files)
+    return lines.encode("utf-8", "surrogateescape")
 
 
 def read_list(path: Path) -> list[ImageFile]:
-    """Read what :func:`write_list` wrote.
+    """Read what :func:`list_text` made.
 
     Raises:
         DataError: when the file is damaged.

@@ -17,8 +17,10 @@ from typing import Any
 import lightning as L
 import torch
 from PIL import Image
+from timm.layers import convert_sync_batchnorm
 
 from byol_deploy import __version__
+from byol_deploy.atomic import publish_file
 from byol_deploy.errors import DataError, OutputError, ProviderError, RecipeError, UsageError
 from byol_deploy.images import BadImages
 from byol_deploy.recipe import Recipe
@@ -32,8 +34,6 @@ from byol_deploy.training.callbacks import (
     Say,
     WholeCheckpointIO,
     read_checkpoint,
-    remove_leftovers,
-    whole_file,
 )
 from byol_deploy.training.checkpoints import build_model
 from byol_deploy.training.data import (
@@ -43,9 +43,9 @@ from byol_deploy.training.data import (
     Plan,
     changes,
     choose_workers,
+    list_text,
     plan_epoch,
     read_list,
-    write_list,
 )
 from byol_deploy.training.optim import build_optimizer, warmup_cosine
 
@@ -131,7 +131,7 @@ def fit(
         ProviderError: a device or strategy that is not there.
     """
     start = time.perf_counter()
-    with _quiet(), torch.random.fork_rng(devices=[]), _deterministic_given_back():
+    with _quiet(), torch.random.fork_rng(devices=[]), _globals_given_back():
         return _fit(
             Path(data),
             recipe,
@@ -197,6 +197,10 @@ def _fit(
     warmup = min(round(recipe.optim.warmup_epochs * plan.steps), total // 4)
     model.optimizer_factory = _optimizer_factory(recipe, lr, warmup, total)
     model.to(memory_format=torch.channels_last)
+    if trainer.world_size > 1 and device.type == "cuda":
+        # All devices share their batch statistics, as in the paper. timm's function keeps the activation that its own
+        # normalisation layers carry, which PyTorch's and Lightning's drop.
+        convert_sync_batchnorm(model)
 
     module_data = ByolData(store, recipe, plan, workers=0)
     workers, workers_why = choose_workers(
@@ -299,8 +303,6 @@ def _prepare(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{run_dir} cannot be made: {error}; choose another --out") from error
-    remove_leftovers(run_dir)
-    remove_leftovers(run_dir / "checkpoints")
     recipe.save(run_dir / "recipe.yaml")
 
 
@@ -331,8 +333,8 @@ def _scan(
         text = "".join(
             f"{' '.join((reason if name in reason else f'{name}: {reason}').split())}\n" for name, reason in bad.items
         )
-        with whole_file(run_dir / "bad_images.txt") as part:
-            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with publish_file(run_dir / "bad_images.txt", force=True) as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
     if known is not None:
         differences = changes(known, store.files)
         if differences:
@@ -341,8 +343,8 @@ def _scan(
                 "A resumed training must see the same ones: put them back, or start a new run"
             )
     elif first:
-        with whole_file(listed) as part:
-            write_list(part, store.files)
+        with publish_file(listed, force=True) as file:
+            file.write(list_text(store.files))
     return store, bad
 
 
@@ -359,8 +361,8 @@ def _draw_views(data: ByolData, path: Path) -> None:
             pixels = (view.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous().numpy()
             picture = Image.fromarray(pixels).resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
             sheet.paste(picture, (gap + column * cell, gap + row * cell))
-    with whole_file(path) as part:
-        sheet.save(part, format="PNG")
+    with publish_file(path, force=True) as file:
+        sheet.save(file, format="PNG")
 
 
 # --- settling what the machine decides --------------------------------------------------------------------------
@@ -403,8 +405,6 @@ def _make_trainer(recipe: Recipe, precision: str, options: dict[str, Any]) -> L.
             gradient_clip_val=recipe.optim.clip_grad_norm or None,
             log_every_n_steps=train.log_every_steps,
             deterministic=train.deterministic or None,
-            # Several devices see one batch's statistics (the paper's setting); SyncBatchNorm exists for GPUs only.
-            sync_batchnorm=options["accelerator"] != "cpu" and torch.cuda.device_count() > 1,
             plugins=[WholeCheckpointIO()],
             use_distributed_sampler=False,
             logger=False,
@@ -464,6 +464,9 @@ def _announce(
     parts += f" x {world} devices" if world > 1 else ""
     online = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     say(f"images     {len(store)} {colour}, {recipe.data.image_size} px views ({kept}); loader processes: {workers}")
+    if world > 1:
+        shared = "shared by all devices" if trainer.strategy.root_device.type == "cuda" else "each process its own"
+        say(f"           batch-norm statistics: {shared}")
     if bad.items:
         say(f"           {bad.summary()} All of them: {run_dir / 'bad_images.txt'}")
     for note in plan.notes:
@@ -523,12 +526,15 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deterministic_given_back() -> Iterator[None]:
+def _globals_given_back() -> Iterator[None]:
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    run_dir = os.environ.get(_RUN_DIR_VARIABLE)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        if run_dir is None:
+            os.environ.pop(_RUN_DIR_VARIABLE, None)

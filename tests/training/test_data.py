@@ -22,10 +22,10 @@ from byol_deploy.training.data import (
     TwoCrops,
     changes,
     choose_workers,
+    list_text,
     load_pixels,
     plan_epoch,
     read_list,
-    write_list,
 )
 
 
@@ -127,7 +127,7 @@ def test_no_folder_no_image(tmp_path) -> None:
 
 def test_the_list_of_images_survives_any_name(tmp_path) -> None:
     files = [ImageFile("a/ü\t\\n\n\u2028b.png", 3, 1), ImageFile("\udcff.jpg", 4, 3)]
-    write_list(tmp_path / "l.tsv", files)
+    (tmp_path / "l.tsv").write_bytes(list_text(files))
     assert read_list(tmp_path / "l.tsv") == files
     (tmp_path / "l.tsv").write_text("1\t2\n")
     with pytest.raises(DataError, match="damaged"):
