@@ -280,11 +280,6 @@ class Bundle:
         best = next((entry for entry in matching if entry.precision == "fp32"), matching[0])
         return self.path / best.file
 
-    @staticmethod
-    def publish(target: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
-        """See :func:`publish`."""
-        return publish(target)
-
 
 @contextlib.contextmanager
 def publish(target: str | os.PathLike[str]) -> Iterator[Path]:
