@@ -21,11 +21,15 @@ PACKAGE = ROOT / "byol_deploy"
 # First part of the name below byol_deploy -> layer. 3a and 3b stand beside each other.
 LAYERS = {
     "errors": "0",
+    "atomic": "1",
     "images": "1",
     "preprocess": "1",
     "recipe": "1",
+    "manifest": "1",
     "bundle": "1",
+    "providers": "2",
     "runtime": "2",
+    "embedding": "2",
     "parity": "2",
     "selftest": "2",
     "evaluation": "2",
@@ -35,6 +39,7 @@ LAYERS = {
     "training": "3b",
     "graph": "3b",
     "pipeline": "4",
+    "inspection": "4",
     "report": "4",
     "demo": "4",
     "cli": "5",

@@ -38,6 +38,7 @@ from byol_deploy.parity import ParityReport
 from byol_deploy.pipeline.proof import BranchProof, compare_file, few, momentum_tensors, prove_branch
 from byol_deploy.pipeline.reference import Reference, build_reference, choose_golden
 from byol_deploy.preprocess import Preprocessing
+from byol_deploy.report import write_bundle_report
 from byol_deploy.runtime import usable_cores
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def export(
         (folder / GOLDEN_FILE).write_bytes(packed)
         entry = GoldenFile(GOLDEN_FILE, hashlib.sha256(packed).hexdigest(), len(golden.images))
         replace(manifest, golden=entry, artefacts=tuple(artefacts)).save(folder)
+        write_bundle_report(folder)
     say(f"published {printable(target)}")
     return Bundle.open(target)
 

@@ -1,0 +1,84 @@
+"""The whole chain on a small folder, labelled and not; and what it does when it is run again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from byol_deploy import Bundle, Recipe
+from byol_deploy.demo import GARMENTS, embedded_images, run_demo
+from byol_deploy.errors import OutputError
+
+
+@pytest.fixture(scope="module")
+def small_recipe() -> Recipe:
+    return Recipe.load("demo").updated(
+        {
+            "model.backbone": "timm/test_resnet",
+            "model.backbone_args": {},
+            "model.projection_hidden": 64,
+            "model.projection_size": 32,
+            "train.epochs": 1,
+            "train.precision": "32",
+        }
+    )
+
+
+def test_the_embedded_images_are_whole() -> None:
+    images, labels = embedded_images()
+    assert images.shape == (10_000, 28, 28)
+    assert np.bincount(labels).tolist() == [1000] * 10
+    assert len(GARMENTS) == 10
+
+
+def test_the_demos_recipe_is_the_zoo_models() -> None:
+    assert Recipe.load("demo") == Recipe.load(Path(__file__).parent.parent / "models" / "fashion-mnist" / "recipe.yaml")
+
+
+def test_the_chain_on_a_labelled_folder(fashion: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+    result = run_demo(fashion, out=tmp_path / "demo", recipe=small_recipe, progress=False)
+    assert result.passed
+    assert [row.name for row in result.rows] == [
+        "raw pixels, 32 px", "untrained network", "trained, PyTorch", "ONNX Runtime", "TorchScript",
+    ]  # fmt: skip
+    assert (result.train, result.test) == (320, 80)
+    scores = {row.name: row.scores for row in result.rows}
+    assert all(scores.values())
+    assert scores["ONNX Runtime"].knn.accuracy == pytest.approx(scores["trained, PyTorch"].knn.accuracy, abs=0.03)
+    assert all(row.agreement >= 0.995 for row in result.rows if row.agreement is not None)
+    assert sum(row.agreement is not None for row in result.rows) == 2
+    assert Bundle.open(result.bundle).manifest.model.backbone == "timm/test_resnet"
+    assert np.load(result.embeddings, allow_pickle=False).shape[0] == 80
+    page = result.report.read_text(encoding="utf-8")
+    assert "class-3" in page
+    assert "PASS" in page
+
+    # Once more: the training is not repeated, and nothing is lost.
+    before = (result.run_dir / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    again = run_demo(fashion, out=tmp_path / "demo", recipe=small_recipe, progress=False)
+    assert (result.run_dir / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+    assert again.rows[0].scores == result.rows[0].scores
+
+    with pytest.raises(OutputError, match="choose another --out"):
+        run_demo(fashion / "class-0", out=tmp_path / "demo", recipe=small_recipe, progress=False)
+
+
+def test_a_folder_without_classes_gets_agreement_and_pictures(
+    fashion: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    call = [sys.executable, "-c", "from byol_deploy.cli.main import main; main()", "demo", "--json"]
+    small_recipe.save(tmp_path / "small.yaml")
+    options = ["--data", fashion / "class-0", "--out", tmp_path / "demo", "--recipe", tmp_path / "small.yaml"]
+    # 32 images to train on: a smaller batch than the recipe's 64 is taken, and said.
+    shown = subprocess.run([*call, *map(str, options)], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    document = json.loads(shown.stdout)
+    assert document["passed"] is True
+    assert all(row["scores"] is None for row in document["rows"])
+    assert document["rows"][-1]["agreement"] >= 0.995
+    assert (tmp_path / "demo" / "report.html").exists()
