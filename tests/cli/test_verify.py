@@ -1,0 +1,70 @@
+"""`byol-deploy verify` as a person calls it: PASS or FAIL, numbers, exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CALL = [sys.executable, "-c", "from byol_deploy.cli.main import main; main()", "verify"]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CALL, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_a_bundle_passes(tiny_bundle: Path) -> None:
+    done = run(tiny_bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("PASS")
+    assert "model.onnx (onnx): PASS" in done.stdout
+    assert "model.torchscript.pt (torchscript): PASS" in done.stdout
+    document = json.loads(run(tiny_bundle / "model.onnx", "--json").stdout)
+    assert document["passed"] is True
+    assert document["artefacts"][0]["parity"]["rows"][0]["rel_l2"] < 1e-3
+
+
+def test_against_its_checkpoint(tiny_bundle: Path, tiny_run: Path, fashion: Path) -> None:
+    done = run(tiny_bundle, "--against", tiny_run, "--data", fashion)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "parameters: PASS: both sha256:" in done.stdout
+
+
+def test_a_file_that_computes_something_else_fails_with_5(tiny_bundle: Path, tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    path = tmp_path / "model.onnx"
+    model = onnx.load(tiny_bundle / "model.onnx")
+    tensor = next(item for item in model.graph.initializer if item.name == "preprocessing.mean")
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 0.1, tensor.name))
+    onnx.save(model, path)
+    done = run(path)
+    assert done.returncode == 5, done.stderr
+    assert done.stdout.startswith("FAIL")
+    assert "is above the limit" in done.stdout
+    as_json = run(path, "--json")
+    assert as_json.returncode == 5
+    assert json.loads(as_json.stdout)["passed"] is False
+
+
+def test_bad_input_is_one_sentence_and_its_code(tiny_bundle: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_bundle, changed)
+    with open(changed / "model.onnx", "r+b") as file:
+        file.seek(2000)
+        byte = file.read(1)
+        file.seek(2000)
+        file.write(bytes([byte[0] ^ 1]))
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    for path, words in ((changed, "was changed"), (tmp_path / "absent", "does not exist"), (tmp_path, "not a bundle"),
+                        (tmp_path / "empty.onnx", "empty")):  # fmt: skip
+        done = run(path)
+        assert done.returncode == 3, done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+    assert run(tiny_bundle, "--data", tmp_path).returncode == 2
+    assert run(tiny_bundle, "--threads", "0").returncode == 2
+    assert run(tiny_bundle, "--provider", "nonsense").returncode == 2

@@ -1,0 +1,484 @@
+"""Export and verify on real images: what passes, and that every way to break a file is caught and nothing lost."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from byol_deploy import Bundle, Encoder, Recipe, export, formats, verify
+from byol_deploy.errors import BundleError, DataError, ExportError, OutputError, ParityError, ProviderError, UsageError
+from byol_deploy.pipeline.proof import prove_branch
+from byol_deploy.pipeline.reference import awkward_images, real_images
+from byol_deploy.training.checkpoints import build_model, load_checkpoint
+
+RECIPE = Recipe().with_overrides(
+    [
+        "model.backbone=timm/test_resnet",
+        "model.projection_hidden=32",
+        "model.projection_size=16",
+        "data.image_size=32",
+        "data.resize=36",
+    ]
+)
+
+
+def write_checkpoint(path: Path, seed: int = 0, change: Callable[[Any], None] | None = None) -> Path:
+    """A checkpoint of ours whose branches differ and whose batch norm has seen images."""
+    torch.manual_seed(seed)
+    model = build_model(RECIPE)
+    with torch.no_grad():
+        for parameter in [*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()]:
+            parameter.mul_(1.2).add_(torch.randn_like(parameter), alpha=0.02)
+        for _ in range(3):
+            model.train()(torch.randn(16, 3, 32, 32))
+        if change is not None:
+            change(model)
+    entry = {
+        "schema": 1,
+        "version": "0.1.0",
+        "recipe": RECIPE.to_dict(),
+        "preprocessing": RECIPE.preprocessing().to_dict(),
+    }
+    torch.save({"state_dict": model.state_dict(), "byol_deploy": entry, "global_step": 12, "epoch": 3}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "trained.ckpt")
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both formats. Read only: copy it before you break it."""
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    return export(checkpoint, formats=("onnx", "torchscript"), data=fashion, out=out).path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- what an export leaves ---
+
+
+def test_the_bundle_says_what_was_exported(bundle: Path, checkpoint: Path) -> None:
+    opened = Bundle.open(bundle)
+    model = opened.manifest.model
+    loaded = load_checkpoint(checkpoint)
+    assert (model.branch, model.backbone, model.width) == ("online", "timm/test_resnet", 96)
+    assert (model.global_step, model.epoch, model.checkpoint_sha256) == (12, 3, loaded.sha256)
+    assert model.stripped_keys == loaded.momentum_keys
+    assert len(model.stripped_keys) > 50
+    assert opened.manifest.preprocessing == loaded.preprocessing
+    assert [output.name for output in opened.manifest.outputs] == ["embedding", "projection", "prediction"]
+    assert len(opened.golden.images) == 8
+    assert len({image.tobytes() for image in opened.golden.images}) == 8
+    for artefact in opened.manifest.artefacts:
+        assert artefact.parity["passed"] is True
+        subjects = {row["subject"] for row in artefact.parity["rows"]}
+        assert len(subjects) == 7, "real and awkward images at batch 1, 2 and 7, and from the files on"
+
+
+def test_no_momentum_tensor_is_in_any_file(bundle: Path, checkpoint: Path) -> None:
+    state = load_checkpoint(checkpoint).model.state_dict()
+    momentum = {value.numpy().tobytes() for key, value in state.items() if "_momentum." in key and value.numel() > 16}
+    online = {value.numpy().tobytes() for key, value in state.items() if "_momentum." not in key}
+    for artefact in Bundle.open(bundle).manifest.artefacts:
+        stored = formats.get(artefact.format).tensors(bundle / artefact.file)
+        held = {value.tobytes() for value in stored.values() if value.dtype == np.float32}
+        assert not held & (momentum - online)
+        assert len(held & online) > 50
+
+
+def test_the_encoder_runs_the_bundle_as_pytorch_computes_it(bundle: Path, checkpoint: Path, fashion: Path) -> None:
+    files = sorted(fashion.rglob("*.png"))[::40]
+    loaded = load_checkpoint(checkpoint)
+    assert loaded.preprocessing is not None
+    x = torch.from_numpy(loaded.preprocessing.normalize(loaded.preprocessing.batch(files)))
+    with torch.no_grad():
+        expected = loaded.model.embed(x).numpy()
+    for path in (bundle, bundle / "model.onnx"):
+        assert np.allclose(Encoder(path)(files), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_local_folder_is_written_down(bundle: Path, checkpoint: Path, fashion: Path) -> None:
+    for content in contents(bundle).values():
+        assert str(checkpoint.parent).encode() not in content
+        assert str(fashion.parent).encode() not in content
+
+
+def test_the_checkpoint_is_not_touched(checkpoint: Path, tmp_path: Path) -> None:
+    before = checkpoint.read_bytes()
+    got = export(checkpoint, formats=["torchscript"], outputs=["embedding"], out=tmp_path / "out")
+    assert checkpoint.read_bytes() == before
+    assert [output.name for output in got.manifest.outputs] == ["embedding"]
+    stored = formats.get("torchscript").tensors(got.path / "model.torchscript.pt")
+    assert not any(name.startswith(("projection_head", "prediction_head")) for name in stored)
+    assert "Fashion-MNIST" in got.manifest.artefacts[0].host["images"]
+    assert verify(got.path, against=checkpoint).passed
+
+
+def test_default_places(tmp_path: Path, checkpoint: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    RECIPE.save(run / "recipe.yaml")
+    shutil.copy(checkpoint, run / "checkpoints" / "last.ckpt")
+    options: dict[str, Any] = {"formats": ["torchscript"], "outputs": ["embedding"]}
+    assert export(run, **options).path == run / "bundle"
+    lone = shutil.copy(checkpoint, tmp_path / "mine.ckpt")
+    assert export(lone, **options).path == tmp_path / "mine-bundle"
+
+
+# --- broken files ---
+
+
+class Swapped(nn.Module):
+    def __init__(self, graph: Any) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, images: Tensor) -> Any:
+        return self.graph(images.flip(3))
+
+
+class BakedBatch(Swapped):
+    def forward(self, images: Tensor) -> Any:
+        return self.graph(images.reshape(3, 32, 32, 3))
+
+
+def momentum_branch(graph: Any, model: Any) -> Any:
+    broken = copy.deepcopy(graph)
+    broken.backbone = copy.deepcopy(model.backbone_momentum).eval()
+    return broken
+
+
+def momentum_under_its_own_name(graph: Any, model: Any) -> Any:
+    broken = copy.deepcopy(graph)
+    broken.backbone_momentum = copy.deepcopy(model.backbone_momentum).eval()
+    plain = type(broken).forward
+
+    class Both(type(broken)):  # type: ignore[misc]
+        def forward(self, images: Tensor) -> Any:
+            extra = self.backbone_momentum(self.preprocessing(images)).mean() * 0
+            return tuple(value + extra for value in plain(self, images))
+
+    broken.__class__ = Both
+    return broken
+
+
+def wrong_mean(graph: Any, model: Any) -> Any:
+    broken = copy.deepcopy(graph)
+    broken.preprocessing.mean.copy_(torch.full_like(broken.preprocessing.mean, 0.5))
+    return broken
+
+
+def wrong_epsilon(graph: Any, model: Any) -> Any:
+    broken = copy.deepcopy(graph)
+    for module in broken.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    return broken
+
+
+def one_weight(graph: Any, model: Any) -> Any:
+    broken = copy.deepcopy(graph)
+    broken.backbone.layer1[0].conv1.weight[0, 0, 0, 0] += 0.05
+    return broken
+
+
+def projector_for_embedding(graph: Any, model: Any) -> Any:
+    broken = copy.deepcopy(graph)
+    plain = type(broken).forward
+
+    class Wrong(type(broken)):  # type: ignore[misc]
+        def forward(self, images: Tensor) -> Any:
+            embedding, _, prediction = plain(self, images)
+            return embedding, prediction, prediction
+
+    broken.__class__ = Wrong
+    return broken
+
+
+FAULTS: dict[str, Callable[[Any, Any], Any]] = {
+    "swapped channels": lambda graph, model: Swapped(graph).eval(),
+    "momentum branch": momentum_branch,
+    "momentum branch beside": momentum_under_its_own_name,
+    "training mode": lambda graph, model: copy.deepcopy(graph).train(),
+    "wrong mean": wrong_mean,
+    "wrong epsilon": wrong_epsilon,
+    "baked batch": lambda graph, model: BakedBatch(graph).eval(),
+    "one weight": one_weight,
+    "wrong output": projector_for_embedding,
+}
+
+
+def break_format(name: str, fault: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a format write a really broken model: everything after the graph is the real thing."""
+    format = formats.get(name)
+    whole = format.export
+    model = load_checkpoint(checkpoint).model
+
+    def broken(graph: Any, signature: Any, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
+        with torch.no_grad():
+            return whole(FAULTS[fault](graph, model), signature, path, carried)
+
+    monkeypatch.setattr(format, "export", broken)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_torchscript_is_not_published(
+    fault: str, checkpoint: Path, bundle: Path, fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(bundle, out)
+    before = contents(out)
+    break_format("torchscript", fault, checkpoint, monkeypatch)
+    with pytest.raises(ParityError, match="nothing was published") as caught:
+        export(checkpoint, formats=["torchscript"], data=fashion, out=out)
+    assert caught.value.exit_code == 5
+    if fault.startswith("momentum"):
+        assert "momentum" in str(caught.value)
+    assert contents(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("fault", ["swapped channels", "momentum branch", "wrong epsilon"])
+def test_a_broken_onnx_is_not_published(
+    fault: str, checkpoint: Path, bundle: Path, fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_format("onnx", fault, checkpoint, monkeypatch)
+    with pytest.raises(ParityError):
+        export(checkpoint, formats=["onnx"], data=fashion, out=tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_file_with_a_baked_batch_is_not_published(
+    checkpoint: Path, fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    format = formats.get("onnx")
+    whole = format.export
+
+    def baked(graph: Any, signature: Any, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
+        further = whole(graph, signature, path, carried)
+        model = onnx.load(path)
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+        onnx.save(model, path)
+        return further
+
+    monkeypatch.setattr(format, "export", baked)
+    with pytest.raises(ParityError, match="cannot run this"):
+        export(checkpoint, formats=["onnx"], data=fashion, out=tmp_path / "bundle", keep_failed=tmp_path / "failed")
+    assert [path.name for path in tmp_path.iterdir()] == ["failed"]
+    kept = json.loads((tmp_path / "failed" / "failed.json").read_text(encoding="utf-8"))
+    assert kept["model.onnx"]["parity"]["passed"] is False
+    assert (tmp_path / "failed" / "model.onnx").exists()
+
+
+def test_an_exporter_that_fails_is_one_sentence(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    format = formats.get("torchscript")
+
+    def failing(*args: Any) -> tuple[Path, ...]:
+        raise ExportError("the exporter has no such operator")
+
+    monkeypatch.setattr(format, "export", failing)
+    with pytest.raises(ExportError, match=r"timm/test_resnet cannot be exported to torchscript: the exporter has no"):
+        export(checkpoint, formats=["torchscript"], out=tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_collapsed_encoder_is_exported_with_a_loud_warning(tmp_path: Path) -> None:
+    def collapse(model: Any) -> None:
+        for parameter in model.backbone.layer4.parameters():
+            parameter.mul_(1e-4)
+        model.backbone.layer4[0].bn2.bias.fill_(1.0)
+
+    said: list[str] = []
+    path = write_checkpoint(tmp_path / "collapsed.ckpt", change=collapse)
+    got = export(path, formats=["torchscript"], out=tmp_path / "bundle", say=said.append)
+    (warning,) = got.manifest.artefacts[0].parity["warnings"]
+    assert "collapsed" in warning
+    assert any("WARNING the encoder has collapsed" in line for line in said)
+
+
+# --- wrong use ---
+
+
+def test_wrong_use_is_told_before_anything_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(UsageError, match="did you mean onnx"):
+        export(checkpoint, formats=["onxn"], out=out)
+    with pytest.raises(UsageError, match="no format"):
+        export(checkpoint, formats=[], out=out)
+    with pytest.raises(UsageError, match="outputs are loss"):
+        export(checkpoint, outputs=["loss"], out=out)
+    with pytest.raises(UsageError, match="trained for 32 px"):
+        export(checkpoint, image_size=64, out=out)
+    with pytest.raises(UsageError, match="--against"):
+        verify(tmp_path, data=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_bundle_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "holiday.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not a bundle"):
+        export(checkpoint, formats=["torchscript"], out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
+
+
+def test_data_without_images(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError):
+        export(checkpoint, formats=["torchscript"], out=tmp_path / "bundle", data=tmp_path / "data")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_checkpoint_without_preprocessing_needs_a_size(checkpoint: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.pt"
+    torch.save(torch.load(checkpoint, weights_only=True)["state_dict"], bare)
+    options: dict[str, Any] = {"formats": ["torchscript"], "backbone": "timm/test_resnet", "out": tmp_path / "bundle"}
+    with pytest.raises(UsageError, match="--image-size"):
+        export(bare, **options)
+    assert export(bare, image_size=32, **options).manifest.preprocessing.size_px == 32
+
+
+# --- verify ---
+
+
+def test_verify_passes_the_bundle_and_each_lone_file(bundle: Path, tmp_path: Path) -> None:
+    report = verify(bundle)
+    assert report.passed
+    assert [item.status for item in report.artefacts] == ["passed", "passed"]
+    assert report.text().startswith("PASS")
+    json.dumps(report.to_dict(), allow_nan=False)
+    for name in ("model.onnx", "model.torchscript.pt"):
+        lone = shutil.copy(bundle / name, tmp_path / name)
+        assert verify(lone).passed
+
+
+def test_verify_onnx_without_torch(bundle: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from byol_deploy import verify;"
+        "report = verify(sys.argv[1]); print(report.text());"
+        "assert report.passed and [a.status for a in report.artefacts] == ['passed', 'not run']"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "NOT RUN HERE: torch is not installed" in done.stdout
+
+
+def test_nothing_that_ran_is_not_a_pass(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    got = export(checkpoint, formats=["torchscript"], outputs=["embedding"], out=tmp_path / "bundle")
+    code = (
+        "import sys; sys.modules['torch'] = None; from byol_deploy import verify;"
+        "report = verify(sys.argv[1]); print(report.passed)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(got.path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_verify_against_its_checkpoint_and_against_another(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    mine = verify(bundle, against=checkpoint)
+    assert mine.passed, mine.text()
+    other = verify(bundle, against=write_checkpoint(tmp_path / "other.ckpt", seed=1))
+    assert not other.passed
+    assert "the hash differs" in other.text()
+    assert [item.status for item in other.artefacts] == ["failed", "failed"]
+    # The same weights and another contract: only what reaches the weights has changed.
+    changed = torch.load(checkpoint, weights_only=True)
+    changed["byol_deploy"]["preprocessing"]["mean"] = [0.5, 0.5, 0.5]
+    torch.save(changed, tmp_path / "mean.ckpt")
+    stale = verify(bundle / "model.onnx", against=tmp_path / "mean.ckpt")
+    assert [check.passed for check in stale.checks] == [True, False]
+    assert not stale.passed
+
+
+def test_a_changed_weight_in_a_lone_file_fails(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(bundle / "model.onnx")
+    tensor = next(item for item in model.graph.initializer if item.name == "backbone.layer2.0.conv1.weight")
+    weights = numpy_helper.to_array(tensor).copy()
+    weights[0, 0, 0, 0] += 0.05
+    tensor.CopyFrom(numpy_helper.from_array(weights, tensor.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert not verify(tmp_path / "model.onnx").passed
+    report = verify(tmp_path / "model.onnx", against=checkpoint)
+    assert "backbone.layer2.0.conv1.weight has other values" in report.text()
+
+
+def test_what_cannot_be_verified_is_said(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="does not exist"):
+        verify(tmp_path / "absent.onnx")
+    (tmp_path / "model.bin").write_bytes(b"1234")
+    with pytest.raises(BundleError, match="neither a bundle"):
+        verify(tmp_path / "model.bin")
+    import onnx
+
+    foreign = onnx.load(bundle / "model.onnx")
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(BundleError, match="not a byol-deploy file"):
+        verify(tmp_path / "foreign.onnx")
+    if not torch.cuda.is_available():
+        with pytest.raises(ProviderError):
+            verify(bundle, provider="cuda")
+
+
+# --- parts ---
+
+
+def test_prove_branch_looks_at_values_and_names() -> None:
+    random = np.random.default_rng(0)
+    online = {"backbone.w": random.normal(size=(4, 3)).astype(np.float32), "backbone.b": np.zeros(4, np.float32)}
+    momentum = {
+        "backbone_momentum.w": online["backbone.w"] * np.float32(1.5),
+        "backbone_momentum.b": np.zeros(4, np.float32),
+    }
+    good = prove_branch({**online, "constant": np.zeros(4, np.float32)}, online, momentum)
+    assert (good.passed, good.kept, good.total) == (True, 2, 2)
+    folded = prove_branch({"backbone.b": online["backbone.b"]}, online, momentum)
+    assert folded.passed
+    assert "backbone.w" in str(folded)
+    target = momentum["backbone_momentum.w"]
+    for stored in ({**online, "val_3": target}, {**online, "val_3": np.ascontiguousarray(target.T)},
+                   {**online, "x/backbone_momentum.q": online["backbone.b"]}, {**online, "backbone.w": target + 1},
+                   {**online, "backbone.w": online["backbone.w"].T}):  # fmt: skip
+        assert not prove_branch(stored, online, momentum).passed
+    assert prove_branch(online, online, {"backbone_momentum.w": online["backbone.w"]}).passed, "not yet moved"
+
+
+def test_real_images_are_different_and_the_same_each_time(fashion: Path, tmp_path: Path) -> None:
+    preprocessing = RECIPE.preprocessing()
+    chosen, described = real_images(fashion, preprocessing)
+    assert chosen == real_images(fashion, preprocessing)[0]
+    assert len(chosen) == 16
+    assert str(fashion.parent) not in described
+    one = next(fashion.rglob("*.png"))
+    for copy_number in range(5):
+        shutil.copy(one, tmp_path / f"{copy_number}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert len(real_images(tmp_path, preprocessing)[0]) == 1
+
+
+def test_awkward_images() -> None:
+    batch = awkward_images(9)
+    assert batch.shape == (5, 9, 9, 3)
+    assert (batch[0].max(), batch[1].min()) == (0, 255)
+    assert len({image.tobytes() for image in batch}) == 5
