@@ -526,11 +526,16 @@ def _layout(rows: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
     if len(rows) >= 8 and rows.shape[1] >= 2 and centred.any():
         try:
             from sklearn.manifold import TSNE
+
+            # scikit-learn requires it.
+            from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
         except ImportError:
             pass
         else:
             layout = TSNE(init="pca", perplexity=min(30.0, len(rows) / 4), random_state=seed)
-            return np.asarray(layout.fit_transform(rows.astype(np.float32)), np.float64), "t-SNE"
+            # Its many short parallel loops cost far more than they save: on two busy cores 7 times the time.
+            with threadpool_limits(1):
+                return np.asarray(layout.fit_transform(rows.astype(np.float32)), np.float64), "t-SNE"
     axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
     points = np.zeros((len(rows), 2))
     points[:, : len(axes)] = centred @ axes.T
