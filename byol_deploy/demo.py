@@ -262,11 +262,16 @@ def _write_report(result: DemoResult, measured: _Measured, bundle: Any, split: S
     from byol_deploy.parity import ParityReport
 
     def row(found: DemoRow) -> report.ResultRow:
-        numbers: dict[str, float] = {}
-        for which in ("knn", "probe") if found.scores else ():
-            one = getattr(found.scores, which)
-            numbers |= {which: one.accuracy, f"{which}_se": one.standard_error}
-        return report.ResultRow(found.name, agreement=found.agreement, latency_ms=found.latency_ms, **numbers)
+        knn, probe = (found.scores.knn, found.scores.probe) if found.scores else (None, None)
+        return report.ResultRow(
+            found.name,
+            knn=knn and knn.accuracy,
+            knn_se=knn and knn.standard_error,
+            probe=probe and probe.accuracy,
+            probe_se=probe and probe.standard_error,
+            agreement=found.agreement,
+            latency_ms=found.latency_ms,
+        )
 
     labels, names = (split.test_labels, split.classes) if split.classes else (None, None)
     files = ", ".join(artefact.file for artefact in bundle.manifest.artefacts)

@@ -181,7 +181,7 @@ def requirements() -> dict[str, list[str]]:
 
 def cpu(root: Path = Path("/")) -> dict[str, Any]:
     """Model, cores and instruction sets of the processor."""
-    from byol_deploy.providers import usable_cores
+    from byol_deploy.cores import usable_cores
 
     text = _text(root / "proc/cpuinfo")
     fields: dict[str, str] = dict(re.findall(r"^([^:\n]+?)[ \t]*:[ \t]*(.*)$", text, re.MULTILINE))

@@ -22,11 +22,12 @@ import numpy as np
 from PIL import Image
 
 from byol_deploy.bundle import Bundle, Golden, read_carried
+from byol_deploy.cores import usable_cores
 from byol_deploy.errors import BundleError, DataError, UsageError
 from byol_deploy.images import BadImages, ImageSource, printable
 from byol_deploy.manifest import Manifest
 from byol_deploy.preprocess import Preprocessing
-from byol_deploy.providers import create_session, probe_provider, usable_cores, working_providers
+from byol_deploy.providers import create_session, probe_provider, working_providers
 
 __all__ = ["Batch", "Encoder", "create_session", "probe_provider", "usable_cores", "working_providers"]
 

@@ -6,11 +6,15 @@ Nothing here imports PyTorch at the top: a session that only runs the torch-free
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+# The networks of the tests are tiny: on a busy machine two threads wait for each other far longer than one works.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GARMENTS = Path(__file__).resolve().parent.parent / "byol_deploy" / "data" / "fashion-mnist"
 

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "byol_deploy"
 # First part of the name below byol_deploy -> layer. 3a and 3b stand beside each other.
 LAYERS = {
     "errors": "0",
+    "cores": "0",
     "atomic": "1",
     "images": "1",
     "preprocess": "1",

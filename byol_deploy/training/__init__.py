@@ -1,1 +1,1 @@
-"""The training half: needs PyTorch, Lightning, torchvision and timm (extra ``train``)."""
+"""Training: the BYOL module, its parts, its data and its loop. Needs PyTorch; knows no export format."""

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from byol_deploy.cores import usable_cores
 from byol_deploy.errors import DataError
 from byol_deploy.images import BadImages, decode, find_images
 from byol_deploy.recipe import AugmentRecipe, Recipe
@@ -41,11 +42,6 @@ _POOL_PAYS_S = 3.0
 """Starting processes and sending pixels through pipes costs about a second: below this, one process is as fast."""
 _WORKERS_PAY_MS = 60.0
 """Milliseconds of loading per batch below which processes of their own do not pay on a CPU that computes anyway."""
-
-
-def cores() -> int:
-    """Cores that this process may be scheduled on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -214,7 +210,7 @@ def _decoded(
         yield place, _decode_or_say(path, store_px)
         done = place + 1
         left_s = (time.perf_counter() - start) / done * (len(paths) - done)
-        if done == _SCAN_CHUNK and left_s > _POOL_PAYS_S and cores() > 1:
+        if done == _SCAN_CHUNK and left_s > _POOL_PAYS_S and usable_cores() > 1:
             break
     else:
         return
@@ -234,7 +230,7 @@ def _decoded(
     loader = DataLoader(
         _Scan(paths, store_px),
         batch_sampler=cast(Any, ahead()),
-        num_workers=min(cores(), 8),
+        num_workers=min(usable_cores(), 8),
         collate_fn=_as_is,
         generator=torch.Generator(),
     )
@@ -441,7 +437,7 @@ def choose_workers(asked: int | str, data: TwoCrops, batch_size: int, on_cpu: bo
     """Settle ``data.workers``. Returns the number of loader processes, and why."""
     if asked != "auto":
         return int(asked), "as asked"
-    if cores() == 1:
+    if usable_cores() == 1:
         return 0, "one core"
     places = list(range(min(len(data), 16)))
     data.__getitems__(places[:2])
@@ -450,7 +446,7 @@ def choose_workers(asked: int | str, data: TwoCrops, batch_size: int, on_cpu: bo
     batch_ms = (time.perf_counter() - start) * 1e3 / len(places) * batch_size
     if batch_ms < (_WORKERS_PAY_MS if on_cpu else _WORKERS_PAY_MS / 20):
         return 0, f"a batch loads in {batch_ms:.0f} ms"
-    return min(cores(), 8), f"a batch loads in {batch_ms:.0f} ms"
+    return min(usable_cores(), 8), f"a batch loads in {batch_ms:.0f} ms"
 
 
 def list_text(files: Sequence[ImageFile]) -> bytes:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from PIL import Image
 from timm.layers import convert_sync_batchnorm
 
 from byol_deploy import __version__
-from byol_deploy.atomic import publish_file
-from byol_deploy.errors import DataError, OutputError, ProviderError, RecipeError, UsageError
+from byol_deploy.errors import DataError, RecipeError, UsageError
 from byol_deploy.images import BadImages
 from byol_deploy.recipe import Recipe
 from byol_deploy.training.augment import left_out, stateless_seed
@@ -32,29 +26,19 @@ from byol_deploy.training.callbacks import (
     Reseed,
     RunCheckpoints,
     Say,
-    WholeCheckpointIO,
     read_checkpoint,
 )
 from byol_deploy.training.checkpoints import build_model
 from byol_deploy.training.data import (
     ByolData,
-    ImageFile,
     ImageStore,
     Plan,
-    changes,
     choose_workers,
-    list_text,
     plan_epoch,
-    read_list,
 )
 from byol_deploy.training.optim import build_optimizer, warmup_cosine
-
-# Never change what is computed: a resumed run may have others than it started with.
-_FREE_ON_RESUME = frozenset(
-    {"description", "data.workers", "data.cache_mb", "data.max_bad_share", "train.checkpoint_every_epochs"}
-)
-_RUN_DIR_VARIABLE = "BYOL_DEPLOY_RUN_DIR"
-_PAIRS_SHOWN = 8
+from byol_deploy.training.run_directory import choose_run_dir, draw_views, prepare_run_dir, scan_images, settle_recipe
+from byol_deploy.training.trainer import choose_precision, globals_given_back, make_trainer, quiet
 
 
 @dataclass(frozen=True)
@@ -131,7 +115,7 @@ def fit(
         ProviderError: a device or strategy that is not there.
     """
     start = time.perf_counter()
-    with _quiet(), torch.random.fork_rng(devices=[]), _globals_given_back():
+    with quiet(), torch.random.fork_rng(devices=[]), globals_given_back():
         return _fit(
             Path(data),
             recipe,
@@ -160,24 +144,24 @@ def _fit(
 ) -> FitResult:
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
     say: Say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress and first else (lambda text: None)
-    run_dir = _choose_run_dir(data, out, resume, trainer_options["num_nodes"])
+    run_dir = choose_run_dir(data, out, resume, trainer_options["num_nodes"])
     last = run_dir / "checkpoints" / "last.ckpt"
-    recipe = _settle_recipe(recipe, run_dir, resume)
+    recipe = settle_recipe(recipe, run_dir, resume)
     if first:
-        _prepare(run_dir, recipe, resume)
+        prepare_run_dir(run_dir, recipe, resume)
     before = read_checkpoint(last, mmap=True) if resume and last.exists() else None
     done = int(before["byol_deploy"].get("epochs_done", 0)) if before else 0
     if resume and before is None:
         say(f"{run_dir} has no checkpoint yet: starting from the beginning")
 
-    store, bad = _scan(data, recipe, run_dir, resume, say, first)
+    store, bad = scan_images(data, recipe, run_dir, resume, say, first)
     if before is not None and done >= recipe.train.epochs:
         say(f"{run_dir} is complete: {done} of {recipe.train.epochs} epochs are done")
         return FitResult(run_dir, last, len(store), len(bad), done, int(before["global_step"]), "none", "none", done,
                          time.perf_counter() - start)  # fmt: skip
 
     precision, why = choose_precision(recipe.train.precision, trainer_options["accelerator"])
-    trainer = _make_trainer(recipe, precision, trainer_options)
+    trainer = make_trainer(recipe, precision, trainer_options)
     device = trainer.strategy.root_device
     plan = plan_epoch(len(store), recipe.train.batch_size, recipe.train.accumulate, trainer.world_size)
     trainer.accumulate_grad_batches = plan.accumulate
@@ -210,7 +194,7 @@ def _fit(
     _announce(say, recipe, store, bad, plan, trainer, model, f"{precision} ({why})", f"{workers} ({workers_why})",
               lr, warmup, total, done, run_dir)  # fmt: skip
     if first and not (run_dir / "views.png").exists():
-        _draw_views(module_data, run_dir / "views.png")
+        draw_views(module_data, run_dir / "views.png")
 
     images = plan.batch_size * trainer.world_size
     metrics = Metrics(run_dir, images=images, every=recipe.train.log_every_steps, resumed_at=plan.steps * done, say=say)
@@ -253,179 +237,6 @@ def _fit(
                      precision, done, seconds, {**metrics.last})  # fmt: skip
 
 
-# --- the run directory ------------------------------------------------------------------------------------------
-
-
-def _choose_run_dir(data: Path, out: Path | None, resume: bool, num_nodes: int) -> Path:
-    if out is not None:
-        return out
-    if resume:
-        raise UsageError("--resume needs --out DIR, the run to continue")
-    if num_nodes > 1:
-        raise UsageError("several nodes need --out DIR: each would name the run after its own clock")
-    # Lightning starts further processes with this same command line; they must find the first one's choice.
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and _RUN_DIR_VARIABLE in os.environ:
-        return Path(os.environ[_RUN_DIR_VARIABLE])
-    chosen = Path("runs") / f"{data.resolve().name or 'images'}-{datetime.now():%Y%m%d-%H%M%S}"
-    os.environ[_RUN_DIR_VARIABLE] = str(chosen)
-    return chosen
-
-
-def _settle_recipe(recipe: Recipe | None, run_dir: Path, resume: bool) -> Recipe:
-    kept = run_dir / "recipe.yaml"
-    if not resume or not kept.exists():
-        return (recipe or Recipe.load("default")).resolved()
-    own = Recipe.load(kept).resolved()
-    if recipe is None:
-        return own
-    asked = recipe.resolved()
-    differences = own.differences(asked)
-    faults = [f"{key} is {old} in the run, {new} was asked for"
-              for key, old, new in differences if key not in _FREE_ON_RESUME]  # fmt: skip
-    if faults:
-        raise UsageError(
-            f"{run_dir} cannot continue with another recipe: {'; '.join(faults)}. "
-            "Leave these options out, or start a new run"
-        )
-    return asked
-
-
-def _prepare(run_dir: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the run directory with its recipe; refuse one that holds anything of somebody else's."""
-    try:
-        if run_dir.exists() and not run_dir.is_dir():
-            raise OutputError(f"{run_dir} is a file; choose another --out")
-        if not resume and run_dir.is_dir() and any(run_dir.iterdir()):
-            more = " or add --resume to continue it" if (run_dir / "recipe.yaml").exists() else ""
-            raise OutputError(f"{run_dir} is not empty, and nothing in it is overwritten; choose another --out{more}")
-        if resume and run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "recipe.yaml").exists():
-            raise OutputError(f"{run_dir} is not a run of byol-deploy train (no recipe.yaml); choose another --out")
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{run_dir} cannot be made: {error}; choose another --out") from error
-    recipe.save(run_dir / "recipe.yaml")
-
-
-def _scan(
-    data: Path, recipe: Recipe, run_dir: Path, resume: bool, say: Say, first: bool
-) -> tuple[ImageStore, BadImages]:
-    listed = run_dir / "images.tsv"
-    known: list[ImageFile] | None = read_list(listed) if resume and listed.exists() else None
-    spoken = time.perf_counter()
-
-    def tell(done: int, total: int, bad: int) -> None:
-        nonlocal spoken
-        if time.perf_counter() - spoken > 5 and done < total:
-            spoken = time.perf_counter()
-            say(f"looking at the images: {done} of {total}" + (f", {bad} bad" if bad else ""))
-
-    settings = recipe.data
-    assert settings.store_size != "auto", "scan with a resolved recipe"
-    store, bad = ImageStore.scan(
-        data,
-        max_bad_share=settings.max_bad_share,
-        cache_mb=settings.cache_mb,
-        store_px=settings.store_size,
-        trusted=known or (),
-        progress=tell,
-    )
-    if first and bad.items:
-        text = "".join(
-            f"{' '.join((reason if name in reason else f'{name}: {reason}').split())}\n" for name, reason in bad.items
-        )
-        with publish_file(run_dir / "bad_images.txt", force=True) as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
-    if known is not None:
-        differences = changes(known, store.files)
-        if differences:
-            raise DataError(
-                f"the images below {data} are not those that {run_dir} was started with: {'; '.join(differences)}. "
-                "A resumed training must see the same ones: put them back, or start a new run"
-            )
-    elif first:
-        with publish_file(listed, force=True) as file:
-            file.write(list_text(store.files))
-    return store, bad
-
-
-def _draw_views(data: ByolData, path: Path) -> None:
-    """Draw the first pairs: view 1 above, view 2 below, enlarged where they are small."""
-    size = data.recipe.data.image_size
-    zoom = max(1, 96 // size)
-    first, second = data.first_pairs(_PAIRS_SHOWN)
-    gap = 4
-    cell = size * zoom + gap
-    sheet = Image.new("RGB", (len(first) * cell + gap, 2 * cell + gap), "white")
-    for row, views in enumerate((first, second)):
-        for column, view in enumerate(views):
-            pixels = (view.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous().numpy()
-            picture = Image.fromarray(pixels).resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
-            sheet.paste(picture, (gap + column * cell, gap + row * cell))
-    with publish_file(path, force=True) as file:
-        sheet.save(file, format="PNG")
-
-
-# --- settling what the machine decides --------------------------------------------------------------------------
-
-
-def choose_precision(asked: str, accelerator: str = "auto") -> tuple[str, str]:
-    """Settle ``train.precision``. Returns ``32`` or ``bf16``, and why."""
-    if asked != "auto":
-        return asked, "as asked"
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        # Emulated bfloat16 (before Ampere) is slower than float32.
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "this GPU has it") if native else ("32", "this GPU has no bfloat16")
-    if accelerator not in ("auto", "cpu"):
-        return "32", f"bfloat16 is chosen on CUDA and CPUs only, not on {accelerator}"
-    found = _cpu_bf16()
-    return ("bf16", f"this CPU has {found}") if found else ("32", "this CPU has no bfloat16 instructions")
-
-
-def _cpu_bf16() -> str:
-    """Name of the CPU's bfloat16 matrix instructions, or nothing."""
-    with contextlib.suppress(OSError):
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-        return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "")
-    for question, name in (("_is_amx_tile_supported", "amx"), ("_is_avx512_bf16_supported", "avx512_bf16")):
-        answer = getattr(torch.cpu, question, None)  # not public, and only where there is no /proc
-        if answer is not None and answer():
-            return name
-    return ""
-
-
-def _make_trainer(recipe: Recipe, precision: str, options: dict[str, Any]) -> L.Trainer:
-    train = recipe.train
-    devices = options["devices"]
-    try:
-        return L.Trainer(
-            **{**options, "devices": int(devices) if str(devices).lstrip("-").isdigit() else devices},
-            precision="bf16-mixed" if precision == "bf16" else "32-true",
-            max_epochs=train.epochs,
-            gradient_clip_val=recipe.optim.clip_grad_norm or None,
-            log_every_n_steps=train.log_every_steps,
-            deterministic=train.deterministic or None,
-            plugins=[WholeCheckpointIO()],
-            use_distributed_sampler=False,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,  # ours are added when the Trainer has said how many devices there are
-        )
-    except (RuntimeError, ValueError, TypeError) as error:
-        # Lightning's MisconfigurationException is a plain Exception subclass of its own.
-        raise ProviderError(_device_fault(error, options)) from error
-    except Exception as error:
-        if type(error).__name__ != "MisconfigurationException":
-            raise
-        raise ProviderError(_device_fault(error, options)) from error
-
-
-def _device_fault(error: Exception, options: dict[str, Any]) -> str:
-    asked = ", ".join(f"{name}={value}" for name, value in options.items())
-    return f"training cannot run with {asked}: {' '.join(str(error).split())}"
-
-
 def _optimizer_factory(recipe: Recipe, lr: float, warmup: int, total: int) -> Callable[[BYOL], dict[str, Any]]:
     def make(model: BYOL) -> dict[str, Any]:
         optim = recipe.optim
@@ -434,9 +245,6 @@ def _optimizer_factory(recipe: Recipe, lr: float, warmup: int, total: int) -> Ca
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     return make
-
-
-# --- talk -------------------------------------------------------------------------------------------------------
 
 
 def _announce(
@@ -496,45 +304,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice and PyTorch's notices about third parties off the terminal: one place for all of it."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for part in (
-            ".*does not have many workers.*",  # settled and printed by choose_workers
-            ".*smaller than the logging interval.*",  # every epoch ends with a row of its own
-            ".*GPU available but not used.*",  # the device is printed
-            ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of PyTorch
-            ".*Checkpoint directory .* exists and is not empty.*",  # ours to judge
-            ".*multi-threaded, use of fork\\(\\) may lead to deadlocks.*",  # Python 3.12 on loader processes
-            ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\).*",  # a resumed scheduler's first step
-            ".*does not have a `val_dataloader`.*",
-            ".*Decompression.*",  # images.decode refuses and counts such a file
-        ):
-            warnings.filterwarnings("ignore", message=part)
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _globals_given_back() -> Iterator[None]:
-    before, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    run_dir = os.environ.get(_RUN_DIR_VARIABLE)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        if run_dir is None:
-            os.environ.pop(_RUN_DIR_VARIABLE, None)

@@ -13,7 +13,8 @@ import torch
 from byol_deploy.recipe import Recipe
 from byol_deploy.training.augment import apply_view, draw_views
 from byol_deploy.training.callbacks import RunCheckpoints, read_checkpoint
-from byol_deploy.training.fit import choose_precision, fit
+from byol_deploy.training.fit import fit
+from byol_deploy.training.trainer import choose_precision
 
 pytestmark = [
     pytest.mark.gpu,

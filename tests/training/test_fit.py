@@ -28,7 +28,8 @@ from byol_deploy.errors import (
 )
 from byol_deploy.recipe import Recipe
 from byol_deploy.training.callbacks import COLUMNS, RunCheckpoints, WholeCheckpointIO, read_checkpoint
-from byol_deploy.training.fit import choose_precision, fit
+from byol_deploy.training.fit import fit
+from byol_deploy.training.trainer import choose_precision
 
 
 @pytest.fixture(autouse=True)
