@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from PIL import Image
 from byol_deploy.bench import measure
 from byol_deploy.errors import DataError, OutputError, require_packages
 from byol_deploy.evaluation import Scores, Split, raw_pixels, score, split_folder
-from byol_deploy.images import find_images
+from byol_deploy.images import find_images, printable
 from byol_deploy.recipe import Recipe
 
 GARMENTS = (
@@ -168,14 +168,14 @@ def run_demo(
             rows=measured.rows,
             passed=verdict.passed,
             train=fitted.images,
-            test=len(split.test),
+            test=len(measured.split.test),
             run_dir=run_dir,
             bundle=bundle_dir,
             report=target / "report.html",
             embeddings=embeddings.out,
             seconds=clock.seconds,
         )
-        _write_report(result, measured, bundle, split, None if data is None else Path(data))
+        _write_report(result, measured, bundle, measured.split, None if data is None else Path(data))
     return result
 
 
@@ -220,8 +220,9 @@ class _Measured:
             "ONNX Runtime": Encoder(bundle_dir).run,
             "TorchScript": open_artefact(bundle_dir, "torchscript"),
         }
-        train, _ = _embed_all(runs, preprocessing, split.train if split.classes else [])
-        test, self.test_images = _embed_all(runs, preprocessing, split.test)
+        train, _, train_rows = _embed_all(runs, preprocessing, split.train if split.classes else [])
+        test, self.test_images, test_rows = _embed_all(runs, preprocessing, split.test)
+        self.split = split = _only(split, train_rows, test_rows)
         self.test_embeddings = test["ONNX Runtime"]
 
         one = self.test_images[:1]
@@ -246,15 +247,40 @@ class _Measured:
 
 def _embed_all(
     runs: Mapping[str, Run], preprocessing: Any, paths: Sequence[Path]
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Embed files with every encoder: each file is decoded once. Returns (n, D) by name, and the images uint8."""
+) -> tuple[dict[str, np.ndarray], np.ndarray, list[int]]:
+    """Embed files with every encoder: each file is decoded once.
+
+    Files that cannot be read are left out, as the training left them out; how many may be was checked there.
+
+    Returns:
+        (n, D) by name, the n images as uint8, and the places in ``paths`` that they come from.
+    """
     batches, found = [], {name: [np.empty((0, 0), np.float32)] for name in runs}
+    rows: list[int] = []
     for start in range(0, len(paths), _BATCH):
-        batches.append(preprocessing.batch(paths[start : start + _BATCH]))
+        images = []
+        for row, path in enumerate(paths[start : start + _BATCH], start):
+            with contextlib.suppress(DataError):
+                images.append(preprocessing(path))
+                rows.append(row)
+        if not images:
+            continue
+        batches.append(np.stack(images))
         for name, run in runs.items():
             found[name].append(np.asarray(run(batches[-1])["embedding"]))
     embedded = {name: np.concatenate(parts[1:]) if len(parts) > 1 else parts[0] for name, parts in found.items()}
-    return embedded, np.concatenate(batches) if batches else np.empty((0, 0, 0, 3), np.uint8)
+    return embedded, np.concatenate(batches) if batches else np.empty((0, 0, 0, 3), np.uint8), rows
+
+
+def _only(split: Split, train: Sequence[int], test: Sequence[int]) -> Split:
+    """``split`` with these rows alone."""
+    return replace(
+        split,
+        train=[split.train[row] for row in train],
+        test=[split.test[row] for row in test],
+        train_labels=split.train_labels[train] if split.classes else split.train_labels,
+        test_labels=split.test_labels[test] if split.classes else split.test_labels,
+    )
 
 
 def _write_report(result: DemoResult, measured: _Measured, bundle: Any, split: Split, data: Path | None) -> None:
@@ -265,16 +291,17 @@ def _write_report(result: DemoResult, measured: _Measured, bundle: Any, split: S
         knn, probe = (found.scores.knn, found.scores.probe) if found.scores else (None, None)
         return report.ResultRow(
             found.name,
-            knn=knn and knn.accuracy,
-            knn_se=knn and knn.standard_error,
-            probe=probe and probe.accuracy,
-            probe_se=probe and probe.standard_error,
+            knn=knn.accuracy if knn else None,
+            knn_se=knn.standard_error if knn else None,
+            probe=probe.accuracy if probe else None,
+            probe_se=probe.standard_error if probe else None,
             agreement=found.agreement,
             latency_ms=found.latency_ms,
         )
 
     labels, names = (split.test_labels, split.classes) if split.classes else (None, None)
     files = ", ".join(artefact.file for artefact in bundle.manifest.artefacts)
+    size = bundle.manifest.preprocessing.size_px
     command = "byol-deploy demo" + (f" --data {data}" if data else "")
     report.write_report(
         result.report,
@@ -299,6 +326,10 @@ def _write_report(result: DemoResult, measured: _Measured, bundle: Any, split: S
                 ("images trained on", f"{result.train}, without labels"),
                 ("images held out", f"{result.test}; all results and pictures are of these"),
                 ("split", split.how),
+            ],
+            "Input": [
+                ("takes", f"{size} x {size} px images, uint8, (N, {size}, {size}, 3)"),
+                ("made from an image by", bundle.manifest.preprocessing.describe()),
             ],
             "Seconds": [(name, f"{taken:.1f}") for name, taken in result.seconds.items() if taken],
             "Environment": list(bundle.manifest.written_by.items()),
@@ -372,33 +403,37 @@ def _unpack_embedded(target: Path, seed: int) -> None:
 
 def _link_folder(data: Path, target: Path, seed: int) -> None:
     """Lay links to a user's images out as train/ and test/, with their classes where they have some."""
-    paths = find_images(data)
     draw = np.random.default_rng(seed)
-    if len(paths) > _MOST_IMAGES:
-        paths = [paths[row] for row in sorted(draw.choice(len(paths), _MOST_IMAGES, replace=False))]
+    labelled = True
     try:
         split = split_folder(data, seed=seed)
     except DataError:
+        labelled = False
+        paths = find_images(data)
         order = draw.permutation(len(paths))
-        test = {paths[row] for row in order[: max(1, len(paths) // 5)]}
+        held_out = max(1, len(paths) // 5)
+        parts = {"test": [paths[row] for row in order[:held_out]], "train": [paths[row] for row in order[held_out:]]}
     else:
-        test = set(split.test)
-        if (data / "train").is_dir() and (data / "test").is_dir():
-            data_of = {path: data / "test" if path in test else data / "train" for path in paths}
-            return _link(paths, test, data_of, target)
-    return _link(paths, test, dict.fromkeys(paths, data), target)
+        parts = {"train": split.train, "test": split.test}
+    total = sum(map(len, parts.values()))
+    if total < 2:
+        raise DataError(f"{printable(data)} has one image, which is too few; pass a folder of at least 20")
+    own_split = labelled and (data / "train").is_dir() and (data / "test").is_dir()
+    for part, found in parts.items():
+        count = min(len(found), max(1, len(found) * _MOST_IMAGES // total))
+        root = data / part if own_split else data
+        for row in np.sort(draw.permutation(len(found))[:count]):
+            # Without classes the folders' names must not be taken for some.
+            name = found[row].relative_to(root) if labelled else Path(f"{row:06d}-{found[row].name}")
+            _link(found[row], target / part / name)
 
 
-def _link(paths: Sequence[Path], test: set[Path], root_of: Mapping[Path, Path], target: Path) -> None:
-    if len(paths) < 2:
-        raise DataError(f"one image is too few for a demonstration: {paths[0]}; pass a folder of at least 20")
-    for path in paths:
-        place = target / ("test" if path in test else "train") / path.relative_to(root_of[path])
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            place.symlink_to(path.resolve())
-        except OSError:  # file systems and Windows accounts without links
-            shutil.copyfile(path, place)
+def _link(path: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.symlink_to(path.resolve())
+    except OSError:  # file systems and Windows accounts without links
+        shutil.copyfile(path, place)
 
 
 def _split(images: Path) -> Split:
