@@ -12,7 +12,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from byol_deploy.atomic import publish_file
 from byol_deploy.bundle import REPORT_FILE, Bundle
 from byol_deploy.errors import MissingExtraError
 from byol_deploy.images import ImageSource, decode
-from byol_deploy.parity import ParityReport
+from byol_deploy.parity import ParityReport, ParityRow
 
 FEWEST_ROWS_TO_FOLD = 10
 """A table of facts with more rows than this is folded."""
@@ -251,7 +251,7 @@ def write_report(
         warnings=list(dict.fromkeys(listed)),
         results=results,
         columns={name for name in vars(ResultRow("")) if any(getattr(row, name) not in (None, "") for row in results)},
-        parity=parity,
+        parity=[(block, _worst(block.report)) for block in parity],
         gallery=gallery,
         map=None if map is None else _draw_map(map),
         curves=[_draw_curve(name, *series) for name, series in (curves or {}).items()],
@@ -289,7 +289,6 @@ def write_bundle_report(folder: str | os.PathLike[str]) -> None:
         note = str(artefact.host.get("tensors", ""))
         blocks.append(ParityBlock(artefact.file, artefact.format, artefact.precision, size, report, note))
 
-    trained = [f"{value:,} {unit}" for value, unit in ((model.epoch, "epochs"), (model.global_step, "steps")) if value]
     facts: dict[str, list[Fact]] = {
         "Input and outputs": [
             ("Takes", f"{manifest.input.name}: {manifest.input.dtype}, {manifest.input.layout}, any number of "
@@ -304,7 +303,7 @@ def write_bundle_report(folder: str | os.PathLike[str]) -> None:
             ("Left out of the checkpoint", model.stripped_keys),
             ("Hash of the parameters", model.parameter_hash),
             ("SHA-256 of the checkpoint", model.checkpoint_sha256),
-            *([("Trained for", ", ".join(trained))] if trained else []),
+            *([("Trained for", f"{model.global_step:,} steps")] if model.global_step else []),
         ],
         "Files": [(artefact.file, f"sha256 {artefact.sha256}") for artefact in manifest.artefacts],
         "Written by": [("created", manifest.created), *manifest.written_by.items()],
@@ -358,6 +357,15 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> list[Fact]:
         else:
             rows.append((name, str(value)))
     return rows
+
+
+def _worst(report: ParityReport) -> list[ParityRow]:
+    """The worst row of each output. It may be one of too few images to have neighbours: they are from all its rows."""
+    agreed: dict[str, float] = {}
+    for row in report.rows:
+        if row.neighbour_agreement is not None:
+            agreed[row.output] = min(row.neighbour_agreement, agreed.get(row.output, 1.0))
+    return [replace(row, neighbour_agreement=agreed.get(row.output)) for row in report.worst()]
 
 
 # --- numbers and images for the template ------------------------------------------------------------------------
@@ -528,7 +536,7 @@ def _layout(rows: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
             from sklearn.manifold import TSNE
 
             # scikit-learn requires it.
-            from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+            from threadpoolctl import threadpool_limits
         except ImportError:
             pass
         else:

@@ -199,6 +199,24 @@ def test_comparisons_are_folded_behind_the_worst(tmp_path: Path) -> None:
     assert "second" in after
 
 
+def test_neighbours_come_from_all_comparisons_where_the_worst_has_too_few_images(tmp_path: Path) -> None:
+    many = comparison(1e-7)
+    few = ParityReport((replace(comparison(4e-6).rows[0], n=5, neighbour_agreement=None),))
+    half = ParityReport((replace(many.rows[0], neighbour_agreement=0.5),))
+    report = ParityReport.merged([many, few, half])
+    _, page = full_page(tmp_path / "r.html", parity=[ParityBlock("m.onnx", "onnx", "fp32", 1, report)], results=())
+    shown = page.text.split("All 3 comparisons")[0]
+    assert "4.1e-06" in shown
+    assert "50.0 %" in shown
+
+
+def test_comparisons_come_first_unless_there_are_results(tmp_path: Path) -> None:
+    for results, first in (((), True), ([ResultRow("m", 0.5)], False)):
+        text = full_page(tmp_path / "r.html", results=results)[1].text
+        order = [text.index("Does each file compute"), text.index("What the encoder holds alike")]
+        assert (order == sorted(order)) == first
+
+
 def test_neighbours_of_a_constructed_example() -> None:
     # A common offset makes all plain cosines nearly 1; without it there are three pairs and their order.
     angles = np.deg2rad([0, 10, 120, 125, 240, 255])
