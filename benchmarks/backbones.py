@@ -55,10 +55,16 @@ def lively_model(name: str, size_px: int) -> LoadedCheckpoint:
         for parameter in model.parameters():
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        # A plain average over a few passes: with the usual momentum of 0.1 the statistics would still be nearly those
+        # of a new model, under which deep untrained networks map all images to one point.
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
         model.train()
-        for _ in range(4):
-            model(images)
-            model.forward_momentum(images)
+        for half in images.chunk(2):
+            model(half)
+            model.forward_momentum(half)
     state = model.eval().state_dict()
     stripped = tuple(sorted(key for key in state if "_momentum." in key))
     online = tuple(sorted(key for key in state if "_momentum." not in key))

@@ -34,10 +34,14 @@ RECIPE = Recipe().with_overrides(
 
 
 def write_checkpoint(path: Path, seed: int = 0, change: Callable[[Any], None] | None = None) -> Path:
-    """A checkpoint of ours whose branches differ and whose batch norm has seen images."""
+    """A checkpoint of ours in which every parameter matters, the branches differ, and batch norm has seen images."""
     torch.manual_seed(seed)
     model = build_model(RECIPE)
     with torch.no_grad():
+        # A new timm ResNet multiplies its residual branches by zero: no weight in them would matter.
+        for parameter in model.parameters():
+            if bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for parameter in [*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()]:
             parameter.mul_(1.2).add_(torch.randn_like(parameter), alpha=0.02)
         for _ in range(3):
@@ -147,15 +151,15 @@ def test_default_places(tmp_path: Path, checkpoint: Path) -> None:
 class Swapped(nn.Module):
     def __init__(self, graph: Any) -> None:
         super().__init__()
-        self.graph = graph
+        self.inner = graph
 
     def forward(self, images: Tensor) -> Any:
-        return self.graph(images.flip(3))
+        return self.inner(images.flip(3))
 
 
 class BakedBatch(Swapped):
     def forward(self, images: Tensor) -> Any:
-        return self.graph(images.reshape(3, 32, 32, 3))
+        return self.inner(images.reshape(3, 32, 32, 3))
 
 
 def momentum_branch(graph: Any, model: Any) -> Any:
