@@ -47,6 +47,6 @@ def evaluate(
     )
     emit(
         found.to_dict() | {"model": str(model), "data": str(labelled_folder)},
-        f"{table(title, columns, describe(found))}\n{words}",
+        f"{title}\n{table('', columns, describe(found))}\n{words}",
         as_json=json,
     )

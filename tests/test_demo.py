@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from byol_deploy import Bundle, Recipe
-from byol_deploy.demo import GARMENTS, embedded_images, run_demo
-from byol_deploy.errors import OutputError
+from byol_deploy.demo import GARMENTS, _embed_all, _link_folder, _split, embedded_images, run_demo
+from byol_deploy.errors import DataError, OutputError
+from byol_deploy.preprocess import Preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,40 @@ def test_a_folder_without_classes_gets_agreement_and_pictures(
     assert all(row["scores"] is None for row in document["rows"])
     assert document["rows"][-1]["agreement"] >= 0.995
     assert (tmp_path / "demo" / "report.html").exists()
+
+
+def laid_out(root: Path, names: list[str]) -> tuple[list[str], int, int]:
+    """Lay a folder with images of these names out as the demo does: classes, training and test images."""
+    for name in names:
+        path = root / "given" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6)).save(path)
+    _link_folder(root / "given", root / "images", seed=0)
+    split = _split(root / "images")
+    assert all(path.resolve().is_relative_to((root / "given").resolve()) for path in (*split.train, *split.test))
+    return split.classes, len(split.train), len(split.test)
+
+
+def test_layouts_of_ones_own_folder(tmp_path: Path) -> None:
+    own = [f"{part}/{name}/{i}.png" for part, n in (("train", 8), ("test", 3)) for name in "ab" for i in range(n)]
+    # A folder beside train and test is neither.
+    assert laid_out(tmp_path / "1", [*own, "val/a/1.png"]) == (["a", "b"], 16, 6)
+    assert laid_out(tmp_path / "2", [f"{name}/{i}.png" for name in "ab" for i in range(10)]) == (["a", "b"], 16, 4)
+    assert laid_out(tmp_path / "3", [f"{i}.png" for i in range(20)]) == ([], 16, 4)
+    # "train" and "test" are no classes, nor are folders of three images.
+    loose = [f"{part}/{i}.png" for part in ("train", "test") for i in range(10)]
+    assert laid_out(tmp_path / "4", loose) == ([], 16, 4)
+    assert laid_out(tmp_path / "5", [f"{name}/{i}.png" for name in "abcdef" for i in range(3)]) == ([], 15, 3)
+    with pytest.raises(DataError, match="has one image"):
+        laid_out(tmp_path / "6", ["1.png"])
+
+
+def test_unreadable_images_are_left_out_of_the_table(fashion: Path, tmp_path: Path) -> None:
+    paths = sorted(fashion.rglob("*.png"))[:5]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no")
+    runs = {"mean": lambda batch: {"embedding": batch.mean(axis=(1, 2), dtype=np.float32)}}
+    found, images, rows = _embed_all(runs, Preprocessing(28), [*paths[:2], broken, *paths[2:]])
+    assert rows == [0, 1, 3, 4, 5]
+    np.testing.assert_array_equal(images, Preprocessing(28).batch(paths))
+    np.testing.assert_allclose(found["mean"], images.mean(axis=(1, 2)), rtol=1e-5)
