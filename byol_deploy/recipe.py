@@ -12,23 +12,22 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 
+from byol_deploy import checks
 from byol_deploy.atomic import publish_file
+from byol_deploy.checks import Check
 from byol_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
     from byol_deploy.preprocess import Preprocessing
 
 Auto = Literal["auto"]
-# A check takes a value and returns what the recipe keeps; it raises ValueError(expectation).
-Check = Callable[[Any], Any]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -39,109 +38,6 @@ SMALLEST_BLURRED_PX = 64
 _DATA = Path(__file__).parent / "data"
 _ZOO = Path(__file__).parent.parent / "models"
 _MAX_BYTES = 1 << 20
-# YAML 1.1 as PyYAML reads it takes `1e-3` for text; YAML 1.2 and every reader take it for a number.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\Z")
-
-
-# --- checks -----------------------------------------------------------------------------------------------------
-
-
-def _number(low: float, high: float, *, above: bool = False, integer: bool = False, auto: bool = False) -> Check:
-    """A number in [low, high] ((low, high] when ``above``), or "auto"."""
-    kind = "a whole number" if integer else "a number"
-    if math.isinf(high):
-        span = f"above {low:g}" if above else f"of at least {low:g}"
-    else:
-        span = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
-    expectation = f"{kind} {span}" + (", or auto" if auto else "")
-
-    def check(value: Any) -> Any:
-        if auto and value == "auto":
-            return "auto"
-        if isinstance(value, str) and _NUMBER.match(value.strip()):
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(expectation)
-        if value < low or value > high or (above and value == low) or (integer and value != int(value)):
-            raise ValueError(expectation)
-        return int(value) if integer else float(value)
-
-    return check
-
-
-def _kernel(value: Any) -> Any:
-    expectation = "an odd whole number from 1 to 255, or auto"
-    try:
-        size = _number(1, 255, integer=True, auto=True)(value)
-    except ValueError:
-        raise ValueError(expectation) from None
-    if size != "auto" and size % 2 == 0:
-        raise ValueError(expectation)
-    return size
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a text")
-    return value
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("a name such as resnet18, timm/convnext_nano or module:callable")
-    return value.strip()
-
-
-def _choice(*names: str) -> Check:
-    def check(value: Any) -> str:
-        # `32` in YAML or on the command line is a number; the choice is the text "32".
-        text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        if not isinstance(text, str) or text not in names:
-            raise ValueError(f"one of {', '.join(names)}")
-        return text
-
-    return check
-
-
-def _numbers(length: int, low: float, high: float, *, rising: bool = False, above: bool = False) -> Check:
-    one = _number(low, high, above=above)
-    order = ", the smaller one first" if rising else ""
-    bounds = f"{'above' if above else 'from'} {low:g} {'and up ' if above else ''}to {high:g}"
-    expectation = f"{length} numbers {bounds}{order}, such as [{', '.join(['0.5'] * length)}]"
-
-    def check(value: Any) -> tuple[float, ...]:
-        if not isinstance(value, list | tuple) or len(value) != length:
-            raise ValueError(expectation)
-        try:
-            result = tuple(one(item) for item in value)
-        except ValueError:
-            raise ValueError(expectation) from None
-        if rising and list(result) != sorted(result):
-            raise ValueError(expectation)
-        return result
-
-    return check
-
-
-def _plain_mapping(value: Any) -> dict[str, Any]:
-    def plain(item: Any) -> Any:
-        if item is None or isinstance(item, bool | int | float | str):
-            return item
-        if isinstance(item, list | tuple):
-            return [plain(part) for part in item]
-        if isinstance(item, Mapping) and all(isinstance(key, str) for key in item):
-            return {key: plain(part) for key, part in item.items()}
-        raise ValueError("a mapping of names to plain values (texts, numbers, true or false, lists)")
-
-    if not isinstance(value, Mapping):
-        raise ValueError("a mapping of names to plain values (texts, numbers, true or false, lists)")
-    return cast(dict[str, Any], plain(value))
 
 
 def _setting(default: Any, check: Check) -> Any:
@@ -193,14 +89,14 @@ class DataRecipe(_Checked):
         cache_mb: decoded images are kept in memory while all of them fit into this many MB. Never changes the numbers.
     """
 
-    image_size: int = _setting(96, _number(8, 2048, integer=True))
-    resize: int | Auto = _setting("auto", _number(8, 4096, integer=True, auto=True))
-    store_size: int | Auto = _setting("auto", _number(0, 65536, integer=True, auto=True))
-    mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, _numbers(3, 0, 1))
-    std: tuple[float, float, float] = _setting(IMAGENET_STD, _numbers(3, 0, 10, above=True))
-    max_bad_share: float = _setting(0.05, _number(0, 1))
-    workers: int | Auto = _setting("auto", _number(0, 256, integer=True, auto=True))
-    cache_mb: int = _setting(1500, _number(0, math.inf, integer=True))
+    image_size: int = _setting(96, checks.number(8, 2048, integer=True))
+    resize: int | Auto = _setting("auto", checks.number(8, 4096, integer=True, auto=True))
+    store_size: int | Auto = _setting("auto", checks.number(0, 65536, integer=True, auto=True))
+    mean: tuple[float, float, float] = _setting(IMAGENET_MEAN, checks.numbers(3, 0, 1))
+    std: tuple[float, float, float] = _setting(IMAGENET_STD, checks.numbers(3, 0, 10, above=True))
+    max_bad_share: float = _setting(0.05, checks.number(0, 1))
+    workers: int | Auto = _setting("auto", checks.number(0, 256, integer=True, auto=True))
+    cache_mb: int = _setting(1500, checks.number(0, math.inf, integer=True))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,22 +132,22 @@ class ViewRecipe(_Checked):
         solarise_threshold: values in [0, 1] at or above it are inverted.
     """
 
-    crop_area: tuple[float, float] = _setting((0.2, 1.0), _numbers(2, 0, 1, rising=True, above=True))
-    crop_ratio: tuple[float, float] = _setting((3 / 4, 4 / 3), _numbers(2, 0, 10, rising=True, above=True))
-    flip: float = _setting(0.5, _number(0, 1))
-    vertical_flip: float = _setting(0.0, _number(0, 1))
-    rotation_degrees: float = _setting(0.0, _number(0, 180))
-    jitter: float = _setting(0.8, _number(0, 1))
-    brightness: float = _setting(0.4, _number(0, 1))
-    contrast: float = _setting(0.4, _number(0, 1))
-    saturation: float = _setting(0.2, _number(0, 1))
-    hue: float = _setting(0.1, _number(0, 0.5))
-    grey: float = _setting(0.2, _number(0, 1))
-    blur: float | Auto = _setting("auto", _number(0, 1, auto=True))
-    blur_sigma: tuple[float, float] = _setting((0.1, 2.0), _numbers(2, 0, 100, rising=True, above=True))
-    blur_kernel: int | Auto = _setting("auto", _kernel)
-    solarise: float = _setting(0.0, _number(0, 1))
-    solarise_threshold: float = _setting(0.5, _number(0, 1))
+    crop_area: tuple[float, float] = _setting((0.2, 1.0), checks.numbers(2, 0, 1, rising=True, above=True))
+    crop_ratio: tuple[float, float] = _setting((3 / 4, 4 / 3), checks.numbers(2, 0, 10, rising=True, above=True))
+    flip: float = _setting(0.5, checks.number(0, 1))
+    vertical_flip: float = _setting(0.0, checks.number(0, 1))
+    rotation_degrees: float = _setting(0.0, checks.number(0, 180))
+    jitter: float = _setting(0.8, checks.number(0, 1))
+    brightness: float = _setting(0.4, checks.number(0, 1))
+    contrast: float = _setting(0.4, checks.number(0, 1))
+    saturation: float = _setting(0.2, checks.number(0, 1))
+    hue: float = _setting(0.1, checks.number(0, 0.5))
+    grey: float = _setting(0.2, checks.number(0, 1))
+    blur: float | Auto = _setting("auto", checks.number(0, 1, auto=True))
+    blur_sigma: tuple[float, float] = _setting((0.1, 2.0), checks.numbers(2, 0, 100, rising=True, above=True))
+    blur_kernel: int | Auto = _setting("auto", checks.odd_size)
+    solarise: float = _setting(0.0, checks.number(0, 1))
+    solarise_threshold: float = _setting(0.5, checks.number(0, 1))
 
 
 @dataclass(frozen=True)
@@ -274,10 +170,10 @@ class ModelRecipe(_Checked):
         projection_size: output width of both heads.
     """
 
-    backbone: str = _setting("resnet18", _name)
-    backbone_args: dict[str, Any] = _setting({}, _plain_mapping)
-    projection_hidden: int = _setting(4096, _number(1, 65536, integer=True))
-    projection_size: int = _setting(256, _number(1, 65536, integer=True))
+    backbone: str = _setting("resnet18", checks.name)
+    backbone_args: dict[str, Any] = _setting({}, checks.plain_mapping)
+    projection_hidden: int = _setting(4096, checks.number(1, 65536, integer=True))
+    projection_size: int = _setting(256, checks.number(1, 65536, integer=True))
 
 
 @dataclass(frozen=True)
@@ -297,14 +193,14 @@ class OptimRecipe(_Checked):
         clip_grad_norm: largest norm of the gradient; 0 = no clipping.
     """
 
-    name: str = _setting("sgd", _choice("sgd", "adamw", "lars"))
-    lr: float = _setting(0.12, _number(0, math.inf, above=True))
-    lr_scaling: bool = _setting(True, _flag)
-    weight_decay: float = _setting(5e-4, _number(0, math.inf))
-    momentum: float = _setting(0.9, _number(0, 0.9999))
-    warmup_epochs: float = _setting(10.0, _number(0, math.inf))
-    loss_scale: float = _setting(1.0, _number(0, math.inf, above=True))
-    clip_grad_norm: float = _setting(0.0, _number(0, math.inf))
+    name: str = _setting("sgd", checks.choice("sgd", "adamw", "lars"))
+    lr: float = _setting(0.12, checks.number(0, math.inf, above=True))
+    lr_scaling: bool = _setting(True, checks.flag)
+    weight_decay: float = _setting(5e-4, checks.number(0, math.inf))
+    momentum: float = _setting(0.9, checks.number(0, 0.9999))
+    warmup_epochs: float = _setting(10.0, checks.number(0, math.inf))
+    loss_scale: float = _setting(1.0, checks.number(0, math.inf, above=True))
+    clip_grad_norm: float = _setting(0.0, checks.number(0, math.inf))
 
 
 @dataclass(frozen=True)
@@ -323,15 +219,15 @@ class TrainRecipe(_Checked):
         log_every_steps: optimiser steps between two rows of metrics.csv.
     """
 
-    epochs: int = _setting(100, _number(1, 1_000_000, integer=True))
-    batch_size: int = _setting(64, _number(2, 1_000_000, integer=True))
-    accumulate: int = _setting(1, _number(1, 1_000_000, integer=True))
-    base_tau: float = _setting(0.99, _number(0, 1))
-    precision: str = _setting("auto", _choice("auto", "32", "bf16"))
-    seed: int = _setting(0, _number(0, 2**31 - 1, integer=True))
-    deterministic: bool = _setting(False, _flag)
-    checkpoint_every_epochs: int = _setting(10, _number(0, 1_000_000, integer=True))
-    log_every_steps: int = _setting(10, _number(1, 1_000_000, integer=True))
+    epochs: int = _setting(100, checks.number(1, 1_000_000, integer=True))
+    batch_size: int = _setting(64, checks.number(2, 1_000_000, integer=True))
+    accumulate: int = _setting(1, checks.number(1, 1_000_000, integer=True))
+    base_tau: float = _setting(0.99, checks.number(0, 1))
+    precision: str = _setting("auto", checks.choice("auto", "32", "bf16"))
+    seed: int = _setting(0, checks.number(0, 2**31 - 1, integer=True))
+    deterministic: bool = _setting(False, checks.flag)
+    checkpoint_every_epochs: int = _setting(10, checks.number(0, 1_000_000, integer=True))
+    log_every_steps: int = _setting(10, checks.number(1, 1_000_000, integer=True))
 
 
 @dataclass(frozen=True)
@@ -342,7 +238,7 @@ class Recipe(_Checked):
         RecipeError: with all faults, from every way to make one.
     """
 
-    description: str = _setting("", _text)
+    description: str = _setting("", checks.text)
     data: DataRecipe = _section(DataRecipe)
     augment: AugmentRecipe = _section(AugmentRecipe)
     model: ModelRecipe = _section(ModelRecipe)

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "byol_deploy"
 LAYERS = {
     "errors": "0",
     "cores": "0",
+    "checks": "0",
     "atomic": "1",
     "images": "1",
     "preprocess": "1",
