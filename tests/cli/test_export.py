@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-CALL = [sys.executable, "-c", "from byol_deploy.cli.main import main; main()", "export"]
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CALL, *map(str, arguments)], capture_output=True, text=True)
+from byol_deploy.cli.main import main
 
 
-def test_a_run_directory_becomes_a_bundle(tiny_run: Path, fashion: Path, tmp_path: Path) -> None:
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """The program as its entry point runs it, in this process: loading PyTorch for each call would take minutes."""
+
+    def call(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["byol-deploy", "export", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return Done(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def test_a_run_directory_becomes_a_bundle(
+    run: Callable[..., Done], tiny_run: Path, fashion: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "bundle"
     arguments = (tiny_run, "--format", "onnx", "--format", "torchscript", "--data", fashion, "--out", out)
     done = run(*arguments, "--json")
@@ -30,13 +50,14 @@ def test_a_run_directory_becomes_a_bundle(tiny_run: Path, fashion: Path, tmp_pat
         "manifest.json",
         "model.onnx",
         "model.torchscript.pt",
+        "report.html",
     ]
     for words in ("stripped", "sha256:", "PASS", "none of the momentum branch's", "published"):
         assert words in done.stderr
     assert "Warning" not in done.stderr
 
 
-def test_for_a_person(tiny_run: Path, tmp_path: Path) -> None:
+def test_for_a_person(run: Callable[..., Done], tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     done = run(tiny_run, "--format", "torchscript", "--outputs", "embedding, projection", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -59,7 +80,7 @@ def test_for_a_person(tiny_run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_sentence_and_its_code(
-    tiny_run: Path, tmp_path: Path, arguments: list[str], code: int, words: str
+    run: Callable[..., Done], tiny_run: Path, tmp_path: Path, arguments: list[str], code: int, words: str
 ) -> None:
     (tmp_path / "FILE").write_bytes(b"no checkpoint at all")
     places = {"RUN": str(tiny_run), "FILE": str(tmp_path / "FILE")}
