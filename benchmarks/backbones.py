@@ -157,6 +157,8 @@ def as_markdown(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     failed = [row for row in rows if not row["passed"]]
     lines += ["", f"{len(rows) - len(failed)} of {len(rows)} files pass."]
     lines += [f"- {row['backbone']}, {row['format']}: {'; '.join(row['failures'])}" for row in failed]
+    told = dict.fromkeys((row["backbone"], warning) for row in rows for warning in row["warnings"])
+    lines += ["", *(f"- {name}: {warning}" for name, warning in told)] if told else []
     return "\n".join(lines) + "\n"
 
 
@@ -177,25 +179,26 @@ def machine() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", choices=BACKBONES, help="one backbone; prints, writes nothing")
+    parser.add_argument("--only", choices=BACKBONES, help="measure one backbone again, and put it into the table")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "backbones.md")
     arguments = parser.parse_args()
     torch.set_num_threads(usable_cores())
+    results = arguments.out.with_suffix(".json")
     rows: list[dict[str, Any]] = []
+    if arguments.only is not None and results.exists():
+        rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
     with tempfile.TemporaryDirectory() as folder:
         for name, size_px in BACKBONES.items():
             if arguments.only in (None, name):
-                rows += measure(name, size_px, Path(folder))
-                for row in rows[-len(formats.available()) :]:
-                    print(json.dumps(row), file=sys.stderr, flush=True)
+                measured = measure(name, size_px, Path(folder))
+                print(json.dumps(measured), file=sys.stderr, flush=True)
+                rows = [row for row in rows if row["backbone"] != name] + measured
+    rows.sort(key=lambda row: list(BACKBONES).index(row["backbone"]))
     here = machine()
     text = as_markdown(rows, here)
     print(text)
-    if arguments.only is None:
-        arguments.out.write_text(text, encoding="utf-8")
-        arguments.out.with_suffix(".json").write_text(
-            json.dumps({"machine": here, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+    arguments.out.write_text(text, encoding="utf-8")
+    results.write_text(json.dumps({"machine": here, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["passed"] for row in rows) else 1
 
 

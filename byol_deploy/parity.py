@@ -105,6 +105,20 @@ def derive_limits(
     return limits
 
 
+def image_noise(single: Mapping[str, np.ndarray], double: Mapping[str, np.ndarray]) -> np.ndarray:
+    """For each image the largest relative L2 distance of any output's float32 from its float64.
+
+    Args:
+        single: Output name to (N, D), the reference in float32.
+        double: The same images in float64.
+
+    Returns:
+        (N,) float64; infinite where an output is not finite.
+    """
+    noise = np.max([_relative(_rows(values), _rows(double[name])) for name, values in single.items()], axis=0)
+    return np.asarray(np.where(np.isfinite(noise), noise, np.inf))
+
+
 @dataclass(frozen=True)
 class ParityRow:
     """One output in one comparison.
@@ -477,7 +491,7 @@ def separation(embedding: np.ndarray, *, noise_rel_l2: float = 0.0) -> Separatio
 
 def _rows(values: np.ndarray) -> np.ndarray:
     """(N, ...) as (N, D) float64."""
-    flat: np.ndarray = values.reshape(len(values), -1).astype(np.float64)
+    flat: np.ndarray = values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float64)
     return flat
 
 

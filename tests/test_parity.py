@@ -15,6 +15,7 @@ from byol_deploy.parity import (
     ParityReport,
     compare,
     derive_limits,
+    image_noise,
     neighbour_agreement,
     separation,
 )
@@ -118,6 +119,14 @@ def test_limits_follow_the_models_own_noise() -> None:
     assert exact.rel_l2 == LEAST_REL_L2
     assert derive_limits({"embedding": double}, None)["embedding"].rel_l2 == 1e-4
     assert derive_limits({"embedding": -double}, {"embedding": double})["embedding"].rel_l2 == 0.1
+
+
+def test_noise_of_each_image_is_that_of_its_worst_output() -> None:
+    double = {"a": vectors(3).astype(np.float64), "b": vectors(3, 4, seed=1).astype(np.float64)}
+    single = {"a": double["a"] * [[1], [1.25], [1]], "b": double["b"] * [[1], [1.1], [1.5]]}
+    assert image_noise(single, double).tolist() == pytest.approx([0, 0.25, 0.5])
+    single["b"][0, 0] = np.nan
+    assert image_noise(single, double)[0] == np.inf
 
 
 def test_a_reports_copy_equals_it_and_a_forged_one_is_refused() -> None:

@@ -320,6 +320,24 @@ def test_a_collapsed_encoder_is_exported_with_a_loud_warning(tmp_path: Path) -> 
     assert any("WARNING the encoder has collapsed" in line for line in said)
 
 
+@pytest.mark.parametrize(("told", "count"), [([True, False, True, True, True], 4), ([False] * 5, 0)])
+def test_awkward_images_that_float32_does_not_determine(
+    told: list[bool], count: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from byol_deploy.pipeline import reference
+
+    monkeypatch.setattr(reference, "image_noise", lambda single, double: np.where(told, 1e-7, 0.4))
+    options: dict[str, Any] = {"formats": ["torchscript"], "outputs": ["embedding"], "out": tmp_path / "bundle"}
+    if count == 0:
+        with pytest.raises(ParityError, match="not comparable"):
+            export(checkpoint, **options)
+        return
+    parity = export(checkpoint, **options).manifest.artefacts[0].parity
+    (warning,) = parity["warnings"]
+    assert "left out of the awkward images: white;" in warning
+    assert {row["n"] for row in parity["rows"] if "awkward" in row["subject"]} == {count}
+
+
 # --- wrong use ---
 
 
