@@ -22,7 +22,7 @@ from PIL import Image
 
 from byol_deploy.bench import measure
 from byol_deploy.errors import DataError, OutputError, require_packages
-from byol_deploy.evaluation import Scores, Split, raw_pixels, score, split_folder
+from byol_deploy.evaluation import Scores, Split, raw_pixel_scores, score, split_folder, standing
 from byol_deploy.images import find_images, printable
 from byol_deploy.recipe import Recipe
 
@@ -33,6 +33,8 @@ _EMBEDDED = Path(__file__).parent / "data" / "fashion-mnist"
 _MOST_IMAGES = 10_000
 """Images of a user's folder that are scored: memory and minutes stay bounded."""
 _USER_EPOCHS = 5
+_RAW_PIXELS = "raw pixels, 32 px"
+_ONNX = "ONNX Runtime"
 _BATCH = 250
 
 Run = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -87,6 +89,17 @@ class DemoResult:
         """Plain data."""
         plain = asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+    def worth(self) -> str:
+        """What the embeddings are worth beside raw pixels, in a sentence; empty without labels."""
+        scores = {row.name: row.scores for row in self.rows}
+        floor, mine = scores.get(_RAW_PIXELS), scores.get(_ONNX)
+        if floor is None or mine is None:
+            return ""
+        return (
+            f"kNN on the exported embeddings is {standing(mine.knn, floor.knn)} raw pixels, "
+            f"the linear probe {standing(mine.probe, floor.probe)} them (two standard errors)."
+        )
 
     def table(self) -> list[list[object]]:
         """Rows for a text table: name, kNN, probe, agreement, latency, ratio."""
@@ -217,27 +230,27 @@ class _Measured:
         runs: dict[str, Run] = {
             "untrained network": lambda batch: untrained.run(batch, _BATCH),
             "trained, PyTorch": lambda batch: trained.run(batch, _BATCH),
-            "ONNX Runtime": Encoder(bundle_dir).run,
+            _ONNX: Encoder(bundle_dir).run,
             "TorchScript": open_artefact(bundle_dir, "torchscript"),
         }
         train, _, train_rows = _embed_all(runs, preprocessing, split.train if split.classes else [])
         test, self.test_images, test_rows = _embed_all(runs, preprocessing, split.test)
         self.split = split = _only(split, train_rows, test_rows)
-        self.test_embeddings = test["ONNX Runtime"]
+        self.test_embeddings = test[_ONNX]
 
         one = self.test_images[:1]
-        timed = {name: runs[name] for name in ("trained, PyTorch", "ONNX Runtime", "TorchScript")}
+        timed = {name: runs[name] for name in ("trained, PyTorch", _ONNX, "TorchScript")}
         latency = measure({name: (lambda run=run: run(one)) for name, run in timed.items()})  # type: ignore[misc]
         noise = float(manifest.limits["embedding"]["noise_rel_l2"])
         rows = []
         if split.classes:
-            floor = score(raw_pixels(split.train), split.train_labels, raw_pixels(split.test), split.test_labels)
-            rows.append(DemoRow("raw pixels, 32 px", floor))
+            floor = raw_pixel_scores(split)
+            rows.append(DemoRow(_RAW_PIXELS, floor))
         for name in runs:
             scores = score(train[name], split.train_labels, test[name], split.test_labels) if split.classes else None
             timing = latency[name] if name in timed else None
             agreement = None
-            if name in ("ONNX Runtime", "TorchScript"):
+            if name in (_ONNX, "TorchScript"):
                 agreement = neighbour_agreement(test["trained, PyTorch"], test[name], noise_rel_l2=noise)
             rows.append(
                 DemoRow(name, scores, agreement, timing.p50_ms if timing else None, timing.ratio if timing else None)
@@ -307,7 +320,7 @@ def _write_report(result: DemoResult, measured: _Measured, bundle: Any, split: S
         result.report,
         title="byol-deploy demo: " + (str(data) if data else "Fashion-MNIST, test part"),
         passed=result.passed,
-        verdict=f"{files} compute what was trained."
+        verdict=f"{files} compute what was trained. {result.worth()}".strip()
         if result.passed
         else "A written file differs from the trained model; see the comparisons.",
         results=[row(found) for found in result.rows],

@@ -72,6 +72,12 @@ class Score:
         )
 
 
+def standing(mine: Score, floor: Score) -> str:
+    """Say "above", "level with" or "below" the floor: by balanced accuracy, beyond two standard errors."""
+    gain, margin = mine.balanced_accuracy - floor.balanced_accuracy, 2 * mine.balanced_standard_error
+    return "above" if gain > margin else "below" if gain < -margin else "level with"
+
+
 @dataclass(frozen=True)
 class Scores:
     """The two classifiers on one representation."""
@@ -125,13 +131,9 @@ class Evaluation:
 
     def verdicts(self) -> dict[str, str]:
         """For kNN and probe: "above", "level with" or "below" the raw pixels, by two standard errors."""
-        found = {}
-        for name in ("knn", "probe"):
-            mine, floor = getattr(self.encoder, name), getattr(self.raw_pixels, name)
-            gain = mine.balanced_accuracy - floor.balanced_accuracy
-            margin = 2 * mine.balanced_standard_error
-            found[name] = "above" if gain > margin else "below" if gain < -margin else "level with"
-        return found
+        return {
+            name: standing(getattr(self.encoder, name), getattr(self.raw_pixels, name)) for name in ("knn", "probe")
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -7,8 +7,6 @@ escaped without exception. Callers hand over plain values in small frozen object
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,22 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from byol_deploy import __version__
 from byol_deploy.atomic import publish_file
 from byol_deploy.bundle import REPORT_FILE, Bundle
+from byol_deploy.drawing import class_name, draw_curve, draw_map, picture
 from byol_deploy.errors import MissingExtraError
-from byol_deploy.images import ImageSource, decode
+from byol_deploy.images import ImageSource
 from byol_deploy.parity import ParityReport, ParityRow
 
 FEWEST_ROWS_TO_FOLD = 10
 """A table of facts with more rows than this is folded."""
 
-_SHOWN_PX = 84
-_LARGEST_PX = 2 * _SHOWN_PX
-_MOST_GROUPS = 12
-_MOST_CURVE_POINTS = 400
 
 Fact = tuple[str, str | Sequence[str]]
 """A key and its value; a list of values is folded behind its length."""
@@ -160,8 +154,8 @@ def nearest_gallery(
     for query in np.random.default_rng(seed).permutation(len(rows))[:queries].tolist():
         cosines = units @ units[query]
         order = [int(place) for place in np.argsort(-cosines, kind="stable") if place != query][:neighbours]
-        near = [(images[place], _class_name(labels, names, place), float(cosines[place])) for place in order]
-        found.append(GalleryRow(images[query], _class_name(labels, names, query), near))
+        near = [(images[place], class_name(labels, names, place), float(cosines[place])) for place in order]
+        found.append(GalleryRow(images[query], class_name(labels, names, query), near))
     return Gallery(found, f"{len(found)} of {len(rows):,} images, drawn by lot (seed {seed}), not picked by hand.")
 
 
@@ -241,7 +235,7 @@ def write_report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        percent=_percent, short=_short, cosine=_cosine, size=_size, share=_share, picture=_picture, latency=_latency
+        percent=_percent, short=_short, cosine=_cosine, size=_size, share=_share, picture=picture, latency=_latency
     )
     environment.tests["text"] = lambda value: isinstance(value, str)
     page = environment.from_string(template).render(
@@ -253,8 +247,8 @@ def write_report(
         columns={name for name in vars(ResultRow("")) if any(getattr(row, name) not in (None, "") for row in results)},
         parity=[(block, _worst(block.report)) for block in parity],
         gallery=gallery,
-        map=None if map is None else _draw_map(map),
-        curves=[_draw_curve(name, *series) for name, series in (curves or {}).items()],
+        map=None if map is None else draw_map(map.points, map.labels, map.names) | {"method": map.method},
+        curves=[draw_curve(name, *series) for name, series in (curves or {}).items()],
         facts=facts or {},
         fold_from=FEWEST_ROWS_TO_FOLD,
         commands=commands,
@@ -405,126 +399,6 @@ def _size(count: int) -> str:
     return f"{count / 1e3:.0f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
-def _picture(source: ImageSource) -> dict[str, Any]:
-    """An image as a PNG data URI, with the size to show it at: a small one is enlarged by a whole number."""
-    image = decode(source)
-    if max(image.size) > _LARGEST_PX:
-        image.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
-    width, height = image.size
-    scale = _SHOWN_PX / max(image.size)
-    if scale >= 1:
-        scale = round(scale)
-    # Grey images are stored as such: a third of the bytes.
-    pixels = np.asarray(image)
-    if (pixels == pixels[:, :, :1]).all():
-        image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]))
-    packed = io.BytesIO()
-    image.save(packed, "PNG", optimize=True)
-    return {
-        "uri": "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode("ascii"),
-        "width": max(1, round(width * scale)),
-        "height": max(1, round(height * scale)),
-        "enlarged": scale > 1,
-    }
-
-
-# --- drawings: coordinates only, the template makes SVG of them --------------------------------------------------
-
-
-def _draw_map(found: EmbeddingMap, side: float = 480.0) -> dict[str, Any]:
-    """One SVG path per class: colours repeat after 7 and shapes after 4, so 28 classes differ in one of them."""
-    points = np.asarray(found.points, np.float64)
-    low, high = points.min(axis=0), points.max(axis=0)
-    margin = 10.0
-    span = float(max(high - low)) or 1.0
-    places = margin + (points - (low + high) / 2 + span / 2) / span * (side - 2 * margin)
-    places[:, 1] = side - places[:, 1]
-    labels = np.zeros(len(points), int) if found.labels is None else np.asarray(found.labels)
-    numbers, counts = np.unique(labels, return_counts=True)
-    groups = [(number, labels == number) for number in numbers.tolist()]
-    rest: list[tuple[str, np.ndarray]] = []
-    if len(groups) > _MOST_GROUPS:
-        largest = set(numbers[np.argsort(-counts, kind="stable")[: _MOST_GROUPS - 1]].tolist())
-        rest = [(f"{len(groups) - len(largest)} others", ~np.isin(labels, list(largest)))]
-        groups = [group for group in groups if group[0] in largest]
-    named = [(_class_name([number], found.names, 0) or "", mask) for number, mask in groups] + rest
-    return {
-        "side": side,
-        "count": len(points),
-        "method": found.method,
-        "groups": [
-            {
-                "name": name if found.labels is not None else "",
-                "colour": number % 7,
-                "path": " ".join(_marker(number % 4, x, y) for x, y in places[mask].tolist()),
-                "key": _marker(number % 4, 6, 6, 4),
-            }
-            for number, (name, mask) in enumerate(named)
-        ],
-    }
-
-
-def _marker(shape: int, x: float, y: float, r: float = 3.2) -> str:
-    if shape == 0:
-        return f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z"
-    if shape == 1:
-        return f"M{x - r:.1f} {y - r:.1f}h{1.8 * r:.1f}v{1.8 * r:.1f}h{-1.8 * r:.1f}z"
-    if shape == 2:
-        return f"M{x:.1f} {y - 1.2 * r:.1f}l{1.2 * r:.1f} {2.1 * r:.1f}h{-2.4 * r:.1f}z"
-    d = f"{1.4 * r:.1f}"
-    return f"M{x:.1f} {y - 1.4 * r:.1f}l{d} {d}l-{d} {d}l-{d} -{d}z"
-
-
-def _draw_curve(title: str, steps: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
-    x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
-    if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"{title}: {x.shape} steps and {y.shape} values; they must be two lists of the same length")
-    each = max(1, math.ceil(len(x) / _MOST_CURVE_POINTS))
-    if each > 1:
-        # Means of neighbours, none of which is left out: NaN anywhere in a mean interrupts the line.
-        cuts = np.arange(0, len(x), each)
-        lengths = np.diff(np.append(cuts, len(x)))
-        x, y = np.add.reduceat(x, cuts) / lengths, np.add.reduceat(y, cuts) / lengths
-    good = np.isfinite(x) & np.isfinite(y)
-    width, height, left, right, top, bottom = 380.0, 210.0, 52.0, 22.0, 12.0, 40.0
-    drawn: dict[str, Any] = {"title": title, "width": width, "height": height, "each": each, "path": "", "dots": []}
-    drawn |= {"left": left, "right": width - right, "top": top, "bottom": height - bottom, "x_ticks": [], "y_ticks": []}
-    if not good.any():
-        return drawn
-    x_low, x_high, y_low, y_high = x[good].min(), x[good].max(), y[good].min(), y[good].max()
-    x_ticks, y_ticks = _ticks(x_low, x_high), _ticks(y_low, y_high)
-    x_low, x_high = min(x_low, x_ticks[0]), max(x_high, x_ticks[-1])
-    y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
-
-    def across(value: float) -> float:
-        return float(left + (value - x_low) / (x_high - x_low) * (width - left - right))
-
-    def up(value: float) -> float:
-        return float(height - bottom - (value - y_low) / (y_high - y_low) * (height - top - bottom))
-
-    pieces, alone = [], []
-    for place in np.flatnonzero(good).tolist():
-        begins = place == 0 or not good[place - 1]
-        pieces.append(f"{'M' if begins else 'L'}{across(x[place]):.1f} {up(y[place]):.1f}")
-        if begins and (place + 1 == len(x) or not good[place + 1]):
-            alone.append((f"{across(x[place]):.1f}", f"{up(y[place]):.1f}"))
-    drawn["path"], drawn["dots"] = "".join(pieces), alone
-    drawn["x_ticks"] = [(f"{across(tick):.1f}", f"{tick:,g}") for tick in x_ticks]
-    drawn["y_ticks"] = [(f"{up(tick):.1f}", f"{tick:g}") for tick in y_ticks]
-    return drawn
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers from ``low`` or below to ``high`` or above."""
-    if not high > low:
-        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
-    rough = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
-
-
 # --- helpers ----------------------------------------------------------------------------------------------------
 
 
@@ -561,10 +435,3 @@ def _same_length(rows: np.ndarray, **others: Sequence[Any] | np.ndarray | None) 
     for name, values in others.items():
         if values is not None and len(values) != len(rows):
             raise ValueError(f"there are {len(values)} {name} for {len(rows)} embeddings; give one for each")
-
-
-def _class_name(labels: Sequence[int] | np.ndarray | None, names: Sequence[str] | None, place: int) -> str | None:
-    if labels is None:
-        return None
-    number = int(labels[place])
-    return names[number] if names is not None and 0 <= number < len(names) else str(number)

@@ -34,6 +34,7 @@ def demo(
         f"{'compute' if result.passed else 'do not compute'} what was trained. "
         f"{result.train} images trained on without labels, {result.test} held out, "
         f"{sum(result.seconds.values()):.0f} s in all.\n"
+        f"{result.worth()}\n"
         f"report      {result.report}\nbundle      {result.bundle}\nembeddings  {result.embeddings}"
     )
     emit(result.to_dict(), f"{table('', columns, result.table())}\n{words}", as_json=json)

@@ -42,6 +42,7 @@ LAYERS = {
     "graph": "3b",
     "pipeline": "4",
     "inspection": "4",
+    "drawing": "2",
     "report": "4",
     "demo": "4",
     "cli": "5",

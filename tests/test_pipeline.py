@@ -134,6 +134,20 @@ def test_the_checkpoint_is_not_touched(checkpoint: Path, tmp_path: Path) -> None
     assert verify(got.path, against=checkpoint).passed
 
 
+def test_a_bundle_with_external_data(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("byol_deploy.formats.onnx.EXTERNAL_ABOVE_BYTES", 100_000)
+    got = export(checkpoint, outputs=["embedding"], out=tmp_path / "bundle")
+    (artefact,) = got.manifest.artefacts
+    assert [extra.file for extra in artefact.extra_files] == ["model.onnx.data"]
+    moved = tmp_path / "elsewhere"
+    got.path.rename(moved)
+    assert verify(moved, against=checkpoint).passed
+    with open(moved / "model.onnx.data", "r+b") as file:
+        file.write(b"stale")
+    with pytest.raises(BundleError, match=r"model\.onnx\.data was changed"):
+        verify(moved)
+
+
 def test_default_places(tmp_path: Path, checkpoint: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)

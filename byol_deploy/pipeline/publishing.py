@@ -264,6 +264,9 @@ def _versions() -> dict[str, str]:
 
 
 def _keep(folder: Path, target: Path, artefacts: Iterable[Artefact]) -> None:
-    shutil.copytree(folder, target)
     report = {artefact.file: {"parity": artefact.parity, "host": artefact.host} for artefact in artefacts}
-    (target / "failed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    try:
+        shutil.copytree(folder, target)
+        (target / "failed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"--keep-failed {printable(target)} cannot be written: {error}; choose another") from error
