@@ -1,16 +1,18 @@
 # Everything that a fresh clone needs. `make demo` and `make test` set up .venv by themselves.
+SHELL  := bash
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: help install demo test check format lint types edge clean
+.PHONY: help install demo test check format lint types edge gpu clean
 
 help:
 	@echo "make demo     train, export, prove and run an encoder on the images that ship with the project"
 	@echo "make test     run the tests"
 	@echo "make check    format, lint, types, tests: what CI asks for"
 	@echo "make edge     install the wheel without PyTorch in an empty environment and test it there"
+	@echo "make gpu      the tests that need a CUDA GPU; what they print goes to benchmarks/results/gpu.txt"
 	@echo "make install  only make $(VENV) and install into it"
 
 install: $(READY)
@@ -39,6 +41,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+gpu: $(READY)
+	set -o pipefail; { $(BIN)/byol-deploy doctor; $(BIN)/python -m pytest -v -m gpu tests/gpu; } 2>&1 | tee benchmarks/results/gpu.txt
 
 edge:
 	tests/edge/run $(PYTHON)
