@@ -9,10 +9,10 @@ model itself. The reference is computed twice, in float32 and in float64. Their 
 float32 arithmetic costs this model on these images. A correct float32 runtime orders its sums in another way and lands
 at about the same distance from the float64 truth, so between the two of them up to about twice the floor is expected.
 Measured on ten families (benchmarks/results/backbones.md), ONNX Runtime and TorchScript stay within two floors of
-PyTorch. The limit is :data:`NOISE_MULTIPLE` floors, which leaves room for other processors' instruction sets and
-convolution algorithms. Real faults are orders of magnitude beyond it (wrong mean or channel order: 0.1 to 1 relative;
-another epsilon in batch norm: about 1e-4). :data:`LEAST_REL_L2` stands in where a tiny model's floor is below what a
-float32 result can be held to at all.
+PyTorch on real images. The limit is :data:`NOISE_MULTIPLE` floors, which leaves room for other processors' instruction
+sets and convolution algorithms. Real faults are orders of magnitude beyond it (wrong mean or channel order: 0.1 to 1
+relative; another epsilon in batch norm: about 1e-4). :data:`LEAST_REL_L2` stands in where a tiny model's floor is below
+what a float32 result can be held to at all.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import numpy as np
 from byol_deploy.bundle import Golden
 from byol_deploy.errors import DataError
 from byol_deploy.images import BadImages, ImageSource, find_images
-from byol_deploy.parity import Limit, derive_limits, image_noise, separation
+from byol_deploy.parity import NOISE_MULTIPLE, Limit, derive_limits, image_noise, separation
 from byol_deploy.preprocess import Preprocessing
 
 if TYPE_CHECKING:
@@ -28,8 +28,15 @@ REAL_IMAGES = 16
 """Real images in a comparison. The float64 reference is the slow part: it computes them once."""
 GOLDEN_CASES = 8
 AWKWARD = ("black", "white", "noise", "dark noise", "checkerboard")
-CHAOS_REL_L2 = 0.01
-"""An awkward image on which the reference itself is not known to 1 % is left out, and the report says so."""
+AWKWARD_MULTIPLE = 100.0
+"""The limit on awkward images, in noise floors; ten times that on real images.
+
+Far from every photograph a network can be ill-conditioned, and one draw of rounding errors then says little about the
+next: on a white image an untrained EfficientNet in ONNX Runtime lies ten floors away. These images are there for what
+real ones cannot show: saturation, overflow, wrong types. Such faults are far beyond this. Drift is judged on real ones.
+"""
+CHAOS_REL_L2 = 1e-3
+"""An awkward image on which the reference's own noise is above this is left out, and the report says so."""
 _FILES_END_TO_END = 5
 
 
@@ -79,7 +86,10 @@ def build_reference(
     doubled = graph.doubled()
     sets = []
     warnings: list[str] = []
-    for name, batch in (("real images", images), ("awkward images", awkward_images(preprocessing.size_px))):
+    for name, batch, multiple in (
+        ("real images", images, NOISE_MULTIPLE),
+        ("awkward images", awkward_images(preprocessing.size_px), AWKWARD_MULTIPLE),
+    ):
         single = graph.run(batch)
         double = None
         try:
@@ -100,7 +110,7 @@ def build_reference(
                 )
                 batch = batch[told]
                 single, double = ({key: values[told] for key, values in part.items()} for part in (single, double))
-        sets.append(ImageSet(name, batch, single, derive_limits(single, double)))
+        sets.append(ImageSet(name, batch, single, derive_limits(single, double, multiple=multiple)))
     real, awkward = sets
     if "embedding" in real.expected:
         floor = real.limits["embedding"].noise_rel_l2
