@@ -37,10 +37,12 @@ def test_it_gives_what_the_online_branch_gives() -> None:
     model = trained().eval()
     got = EncoderGraph(model, PREPROCESSING).run(images(), batch_size=5)
     x = torch.from_numpy(PREPROCESSING.normalize(images()))
+    # Close and not equal: the graph's images are channels-last in memory, for which PyTorch may take other kernels.
+    close = {"rtol": 1e-4, "atol": 1e-6}
     with torch.no_grad():
-        assert np.array_equal(got["embedding"], model.embed(x).numpy())
-        assert np.array_equal(got["prediction"], model(x).numpy())
-        assert np.array_equal(got["projection"], model.online()(x)[1].numpy())
+        assert np.allclose(got["embedding"], model.embed(x).numpy(), **close)
+        assert np.allclose(got["prediction"], model(x).numpy(), **close)
+        assert np.allclose(got["projection"], model.online()(x)[1].numpy(), **close)
         assert not np.allclose(got["projection"], model.forward_momentum(x).numpy(), rtol=1e-2)
 
 
@@ -96,7 +98,7 @@ def test_heads_that_no_output_needs_are_left_out(outputs: list[str], heads: set[
     whole = EncoderGraph(model, PREPROCESSING).run(images())
     got = graph.run(images())
     assert list(got) == [name for name in OUTPUTS if name in outputs]
-    assert all(np.array_equal(got[name], whole[name]) for name in got)
+    assert all(np.allclose(got[name], whole[name], rtol=1e-4, atol=1e-6) for name in got)
     assert {name.split(".")[0] for name in graph.tensors()} == {"backbone", *heads}
 
 
