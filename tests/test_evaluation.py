@@ -14,8 +14,6 @@ from byol_deploy.demo import embedded_images
 from byol_deploy.errors import DataError, MissingExtraError, UsageError
 from byol_deploy.evaluation import Score, evaluate, knn, linear_probe, raw_pixels, score, split_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning:sklearn")
-
 
 def test_score_against_its_definition() -> None:
     expected = np.array([0, 0, 0, 0, 1, 1])
