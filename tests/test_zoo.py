@@ -41,5 +41,5 @@ def test_the_shipped_bundle_passes_its_self_test_without_torch(bundle: Path) -> 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.parent.name)
 def test_the_shipped_bundle_is_small_and_whole(bundle: Path) -> None:
-    assert Bundle.open(bundle).manifest.model["branch"] == "online"
+    assert Bundle.open(bundle).manifest.model.branch == "online"
     assert sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) < 8e6
