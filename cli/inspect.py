@@ -61,8 +61,7 @@ _KINDS = {
 
 def _manifest_lines(manifest: dict[str, Any], input_in_words: str) -> list[tuple[str, str]]:
     model = manifest["model"]
-    counts = (("step", model["global_step"]), ("epoch", model["epoch"]))
-    trained = ", ".join(f"{unit} {count}" for unit, count in counts if count is not None)
+    trained = _trained(model["global_step"], model["epoch"])
     side = manifest["input"]["size_px"]
     versions = ", ".join(f"{name} {version}" for name, version in manifest["written_by"].items())
     golden = manifest.get("golden")
@@ -80,12 +79,17 @@ def _manifest_lines(manifest: dict[str, Any], input_in_words: str) -> list[tuple
     ]
 
 
+def _trained(step: int | None, epoch: int | None) -> str:
+    counts = [f"step {step:,}"] if step is not None else []
+    return ", ".join([*counts, f"last epoch {epoch} (from 0)"] if epoch is not None else counts)
+
+
 def _checkpoint_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
     model = (document["recipe"] or {}).get("model", {})
     return [
         ("backbone", str(model.get("backbone", "not noted (a checkpoint of another program)"))),
         ("width", str(document["width"])),
-        ("trained", f"step {document['global_step']}, epoch {document['epoch']}"),
+        ("trained", _trained(document["global_step"], document["epoch"]) or "not known"),
         ("prepared", document["input_in_words"] or "not noted: export needs --image-size"),
         ("tensors", f"{document['online_tensors']} online, {document['momentum_tensors']} momentum"),
     ]

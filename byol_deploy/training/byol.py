@@ -161,9 +161,12 @@ class BYOL(L.LightningModule):  # type: ignore[misc]
 
     def online(self) -> OnlineEncoder:
         """The online branch alone, sharing this model's modules: (N, C, H, W) to embedding, projection, prediction."""
-        return OnlineEncoder(
+        encoder = OnlineEncoder(
             self.backbone, self.feature_map, self.projection_head, self.prediction_head, self._head_takes_map
-        ).train(self.training)
+        )
+        # Not train(): it would reach into the shared modules and wake a layer that its owner froze with eval().
+        encoder.training = self.training
+        return encoder
 
     def features(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) float. Returns the online backbone's feature map (N, D, h, w), h = w = 1 where it pools."""

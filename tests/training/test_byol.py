@@ -458,6 +458,11 @@ def test_any_backbone(kind: str) -> None:
         torch.testing.assert_close(from_online[0], embedding)
         torch.testing.assert_close(from_online[2], model(x))
         assert model.forward_momentum(x).shape == (2, 8)
+    frozen = next(module for module in model.backbone.modules() if not list(module.children()))
+    model.train()
+    frozen.eval()
+    assert model.online().training
+    assert not frozen.training  # looking at the online branch wakes nothing that its owner froze
     assert {id(p) for p in model.online().parameters()} == {id(p) for p in model.online_parameters()}
     assert set(model.online().state_dict()) == {k for k in model.state_dict() if "_momentum" not in k}
 
