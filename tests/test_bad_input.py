@@ -96,7 +96,7 @@ def test_train_never_overwrites(refused: Refused, fashion: Path, tmp_path: Path)
 
 def test_export_of_what_is_no_checkpoint(refused: Refused, fashion: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    refused(["export", tmp_path / "absent.ckpt", "--out", out], 3, "does not exist")
+    refused(["export", tmp_path / "absent.ckpt", "--out", out], 3, "there is no checkpoint")
     refused(["export", fashion, "--out", out], 3, "directory")
     (tmp_path / "noise.ckpt").write_bytes(np.random.default_rng(0).bytes(5000))
     refused(["export", tmp_path / "noise.ckpt", "--out", out], 3, "noise.ckpt")

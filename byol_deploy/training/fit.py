@@ -37,7 +37,14 @@ from byol_deploy.training.data import (
     plan_epoch,
 )
 from byol_deploy.training.optim import build_optimizer, warmup_cosine
-from byol_deploy.training.run_directory import choose_run_dir, draw_views, prepare_run_dir, scan_images, settle_recipe
+from byol_deploy.training.run_directory import (
+    choose_run_dir,
+    draw_views,
+    prepare_run_dir,
+    scan_images,
+    settle_recipe,
+    unstarted_forgotten,
+)
 from byol_deploy.training.trainer import choose_precision, globals_given_back, make_trainer, quiet
 
 
@@ -116,27 +123,29 @@ def fit(
     """
     start = time.perf_counter()
     with quiet(), torch.random.fork_rng(devices=[]), globals_given_back():
-        return _fit(
-            Path(data),
-            recipe,
-            out=None if out is None else Path(out),
-            resume=resume,
-            trainer_options={
-                "accelerator": accelerator,
-                "devices": devices,
-                "num_nodes": num_nodes,
-                "strategy": strategy,
-            },
-            progress=progress,
-            start=start,
-        )
+        run_dir = choose_run_dir(Path(data), None if out is None else Path(out), resume, num_nodes)
+        with unstarted_forgotten(run_dir):
+            return _fit(
+                Path(data),
+                recipe,
+                run_dir=run_dir,
+                resume=resume,
+                trainer_options={
+                    "accelerator": accelerator,
+                    "devices": devices,
+                    "num_nodes": num_nodes,
+                    "strategy": strategy,
+                },
+                progress=progress,
+                start=start,
+            )
 
 
 def _fit(
     data: Path,
     recipe: Recipe | None,
     *,
-    out: Path | None,
+    run_dir: Path,
     resume: bool,
     trainer_options: dict[str, Any],
     progress: bool,
@@ -144,7 +153,6 @@ def _fit(
 ) -> FitResult:
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
     say: Say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress and first else (lambda text: None)
-    run_dir = choose_run_dir(data, out, resume, trainer_options["num_nodes"])
     last = run_dir / "checkpoints" / "last.ckpt"
     recipe = settle_recipe(recipe, run_dir, resume)
     if first:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -38,6 +40,22 @@ def choose_run_dir(data: Path, out: Path | None, resume: bool, num_nodes: int) -
     chosen = Path("runs") / f"{data.resolve().name or 'images'}-{datetime.now():%Y%m%d-%H%M%S}"
     os.environ[RUN_DIR_VARIABLE] = str(chosen)
     return chosen
+
+
+@contextlib.contextmanager
+def unstarted_forgotten(run_dir: Path) -> Iterator[None]:
+    """Take back a run directory in which no step was done: the next try, with better data, may have its name."""
+    fresh = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    try:
+        yield
+    except BaseException:
+        if fresh and not (run_dir / "metrics.csv").exists() and not any((run_dir / "checkpoints").glob("*")):
+            with contextlib.suppress(OSError):
+                for name in ("recipe.yaml", "images.tsv", "bad_images.txt", "views.png"):
+                    (run_dir / name).unlink(missing_ok=True)
+                (run_dir / "checkpoints").rmdir()
+                run_dir.rmdir()  # only when nobody put anything else there
+        raise
 
 
 def settle_recipe(recipe: Recipe | None, run_dir: Path, resume: bool) -> Recipe:

@@ -103,7 +103,7 @@ def test_a_scan_in_several_processes_finds_the_same(mixed, monkeypatch) -> None:
     alone, bad_alone = ImageStore.scan(mixed, max_bad_share=1)
     monkeypatch.setattr(module, "_SCAN_CHUNK", 2)
     monkeypatch.setattr(module, "_POOL_PAYS_S", 0.0)
-    monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(module, "usable_cores", lambda: 2)
     seen = []
     together, bad = ImageStore.scan(mixed, max_bad_share=1, progress=lambda *told: seen.append(told))
     assert together.files == alone.files
@@ -239,10 +239,10 @@ def test_workers(mixed, monkeypatch) -> None:
     store, _ = ImageStore.scan(mixed)
     crops = TwoCrops(store, recipe().augment, 32, seed=5)
     assert choose_workers(3, crops, 2, on_cpu=True) == (3, "as asked")
-    monkeypatch.setattr(module, "cores", lambda: 4)
+    monkeypatch.setattr(module, "usable_cores", lambda: 4)
     assert choose_workers("auto", crops, 2, on_cpu=True)[0] == 0
     assert choose_workers("auto", crops, 10**6, on_cpu=True)[0] == 4
-    monkeypatch.setattr(module, "cores", lambda: 1)
+    monkeypatch.setattr(module, "usable_cores", lambda: 1)
     assert choose_workers("auto", crops, 10**6, on_cpu=True) == (0, "one core")
 
 
