@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for everything that is made")
     parser.add_argument("--data", type=Path, help="folder with labels.csv and images/ (default: the installed package)")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args()
 
     options.work.mkdir(parents=True)

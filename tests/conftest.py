@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import gzip
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +41,25 @@ def write_garments(root: Path, count_per_class: int, first: int = 0) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{number:04d}.png")
     return root
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """`byol-deploy` as its entry point runs it, in this process: loading PyTorch for each call would take minutes.
+
+    Takes the command's words, gives ``returncode``, ``stdout`` and ``stderr``, as ``subprocess.run`` does.
+    """
+    from byol_deploy.cli.main import main
+
+    def run(*words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["byol-deploy", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capfd.readouterr()
+        return SimpleNamespace(returncode=int(stopped.value.code or 0), stdout=said.out, stderr=said.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,31 +12,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from byol_deploy.cli.main import main
 from PIL import Image
 
 Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the program in this process (a new one would import PyTorch each time) and expects a refusal."""
+def refused(program: Callable[..., Any]) -> Refused:
+    """Runs the program and expects a refusal."""
 
     def run(words: Sequence[object], exit_code: int, *said: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["byol-deploy", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        stderr = capsys.readouterr().err
-        assert left.value.code == exit_code, stderr
-        assert "Traceback" not in stderr
-        assert stderr.strip().splitlines()[-1].startswith("byol-deploy: "), stderr
+        done = program(*words)
+        assert done.returncode == exit_code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith("byol-deploy: "), done.stderr
         for text in said:
-            assert text in stderr, stderr
-        return stderr
+            assert text in done.stderr, done.stderr
+        return str(done.stderr)
 
     return run
 

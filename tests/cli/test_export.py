@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from byol_deploy.cli.main import main
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """The program as its entry point runs it, in this process: loading PyTorch for each call would take minutes."""
-
-    def call(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["byol-deploy", "export", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return Done(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return call
+def run(program: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(program, "export")
 
 
 def test_a_run_directory_becomes_a_bundle(
-    run: Callable[..., Done], tiny_run: Path, fashion: Path, tmp_path: Path
+    run: Callable[..., Any], tiny_run: Path, fashion: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
     arguments = (tiny_run, "--format", "onnx", "--format", "torchscript", "--data", fashion, "--out", out)
@@ -57,7 +39,7 @@ def test_a_run_directory_becomes_a_bundle(
     assert "Warning" not in done.stderr
 
 
-def test_for_a_person(run: Callable[..., Done], tiny_run: Path, tmp_path: Path) -> None:
+def test_for_a_person(run: Callable[..., Any], tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     done = run(tiny_run, "--format", "torchscript", "--outputs", "embedding, projection", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -80,7 +62,7 @@ def test_for_a_person(run: Callable[..., Done], tiny_run: Path, tmp_path: Path) 
     ],
 )
 def test_bad_input_is_one_sentence_and_its_code(
-    run: Callable[..., Done], tiny_run: Path, tmp_path: Path, arguments: list[str], code: int, words: str
+    run: Callable[..., Any], tiny_run: Path, tmp_path: Path, arguments: list[str], code: int, words: str
 ) -> None:
     (tmp_path / "FILE").write_bytes(b"no checkpoint at all")
     places = {"RUN": str(tiny_run), "FILE": str(tmp_path / "FILE")}

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from byol_deploy.cli.main import main
-
-
-class Done(NamedTuple):
-    """What a process would have left."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
 
 SMALL = [
     "--backbone=timm/test_resnet",
@@ -35,23 +25,11 @@ SMALL = [
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
-    """Run the program in this process (PyTorch takes seconds to load): exit code, stdout, stderr."""
+def train(program: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """`byol-deploy train`, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["byol-deploy", "train", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capfd.readouterr()
-        return Done(code, said.out, said.err)
-
-    yield run
+    yield partial(program, "train")
     torch.set_num_threads(threads)
 
 
