@@ -387,8 +387,9 @@ def _prepare_images(images: Path, data: Path | None, seed: int) -> None:
         (partial / ".origin").write_text(origin, encoding="utf-8")
         os.replace(partial, images)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"{images} cannot be written: {error}; choose another --out or free some space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def embedded_images() -> tuple[np.ndarray, np.ndarray]:

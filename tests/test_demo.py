@@ -122,3 +122,9 @@ def test_unreadable_images_are_left_out_of_the_table(fashion: Path, tmp_path: Pa
     assert rows == [0, 1, 3, 4, 5]
     np.testing.assert_array_equal(images, Preprocessing(28).batch(paths))
     np.testing.assert_allclose(found["mean"], images.mean(axis=(1, 2)), rtol=1e-5)
+
+
+def test_a_folder_that_is_not_there_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        run_demo(tmp_path / "absent", out=tmp_path / "demo", progress=False)
+    assert list((tmp_path / "demo").iterdir()) == []
