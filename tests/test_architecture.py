@@ -33,6 +33,7 @@ LAYERS = {
     "runtime": "2",
     "embedding": "2",
     "parity": "2",
+    "separation": "2",
     "selftest": "2",
     "evaluation": "2",
     "bench": "2",

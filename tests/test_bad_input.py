@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-Refused = Callable[..., str]
+Refusal = Callable[..., str]
 
 
 @pytest.fixture
-def refused(program: Callable[..., Any]) -> Refused:
+def expect_refusal(program: Callable[..., Any]) -> Refusal:
     """Runs the program and expects a refusal."""
 
     def run(words: Sequence[object], exit_code: int, *said: str) -> str:
@@ -47,23 +47,23 @@ class Malicious:
         return (Path.touch, (self.path,))  # type: ignore[return-value]
 
 
-def test_train_on_nothing(refused: Refused, tmp_path: Path) -> None:
+def test_train_on_nothing(expect_refusal: Refusal, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    refused(["train", tmp_path / "absent", "--out", out], 3, "does not exist")
+    expect_refusal(["train", tmp_path / "absent", "--out", out], 3, "does not exist")
     (tmp_path / "empty").mkdir()
-    refused(["train", tmp_path / "empty", "--out", out], 3, "holds no image")
+    expect_refusal(["train", tmp_path / "empty", "--out", out], 3, "holds no image")
     (tmp_path / "empty" / "notes.txt").write_text("no image")
-    refused(["train", tmp_path / "empty", "--out", out], 3, "holds no image")
+    expect_refusal(["train", tmp_path / "empty", "--out", out], 3, "holds no image")
 
 
-def test_train_on_too_many_bad_images(refused: Refused, tmp_path: Path) -> None:
+def test_train_on_too_many_bad_images(expect_refusal: Refusal, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for number in range(4):
         Image.new("L", (40, 40), number * 50).save(data / f"{number}.png")
     (data / "zero.png").write_bytes(b"")
     (data / "truncated.png").write_bytes((data / "0.png").read_bytes()[:40])
-    said = refused(["train", data, "--out", tmp_path / "run"], 3, "2 of 6")
+    said = expect_refusal(["train", data, "--out", tmp_path / "run"], 3, "2 of 6")
     assert "zero.png" in said or "truncated.png" in said
 
 
@@ -79,50 +79,50 @@ def test_train_on_too_many_bad_images(refused: Refused, tmp_path: Path) -> None:
     ],
 )
 def test_train_with_wrong_options(
-    refused: Refused, options: list[str], exit_code: int, said: str, fashion: Path, tmp_path: Path
+    expect_refusal: Refusal, options: list[str], exit_code: int, said: str, fashion: Path, tmp_path: Path
 ) -> None:
-    refused(["train", fashion, "--out", tmp_path / "run", *options], exit_code, said)
+    expect_refusal(["train", fashion, "--out", tmp_path / "run", *options], exit_code, said)
 
 
-def test_train_never_overwrites(refused: Refused, fashion: Path, tmp_path: Path) -> None:
+def test_train_never_overwrites(expect_refusal: Refusal, fashion: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused(["train", fashion, "--out", tmp_path], 3, "not empty")
+    expect_refusal(["train", fashion, "--out", tmp_path], 3, "not empty")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_export_of_what_is_no_checkpoint(refused: Refused, fashion: Path, tmp_path: Path) -> None:
+def test_export_of_what_is_no_checkpoint(expect_refusal: Refusal, fashion: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    refused(["export", tmp_path / "absent.ckpt", "--out", out], 3, "there is no checkpoint")
-    refused(["export", fashion, "--out", out], 3, "directory")
+    expect_refusal(["export", tmp_path / "absent.ckpt", "--out", out], 3, "there is no checkpoint")
+    expect_refusal(["export", fashion, "--out", out], 3, "directory")
     (tmp_path / "noise.ckpt").write_bytes(np.random.default_rng(0).bytes(5000))
-    refused(["export", tmp_path / "noise.ckpt", "--out", out], 3, "noise.ckpt")
+    expect_refusal(["export", tmp_path / "noise.ckpt", "--out", out], 3, "noise.ckpt")
     target = tmp_path / "created-by-the-pickle"
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Malicious(target)}))
-    refused(["export", tmp_path / "evil.ckpt", "--out", out], 3, "evil.ckpt")
+    expect_refusal(["export", tmp_path / "evil.ckpt", "--out", out], 3, "evil.ckpt")
     assert not target.exists()
     import torch
 
     torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
-    refused(["export", tmp_path / "other.ckpt", "--out", out], 3, "other.ckpt")
+    expect_refusal(["export", tmp_path / "other.ckpt", "--out", out], 3, "other.ckpt")
     assert not out.exists()
 
 
-def test_export_to_an_unknown_format_or_a_taken_place(refused: Refused, tiny_run: Path, tmp_path: Path) -> None:
-    refused(["export", tiny_run, "--format", "onxx", "--out", tmp_path / "b"], 2, "did you mean onnx")
+def test_export_to_an_unknown_format_or_a_taken_place(expect_refusal: Refusal, tiny_run: Path, tmp_path: Path) -> None:
+    expect_refusal(["export", tiny_run, "--format", "onxx", "--out", tmp_path / "b"], 2, "did you mean onnx")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")
-    refused(["export", tiny_run, "--out", tmp_path / "photos"], 3, "photos")
+    expect_refusal(["export", tiny_run, "--out", tmp_path / "photos"], 3, "photos")
     assert (tmp_path / "photos" / "a.txt").read_text() == "mine"
 
 
-def test_verify_of_what_is_no_bundle(refused: Refused, fashion: Path, tmp_path: Path) -> None:
-    refused(["verify", tmp_path / "absent"], 3, "does not exist")
-    refused(["verify", fashion], 3)
+def test_verify_of_what_is_no_bundle(expect_refusal: Refusal, fashion: Path, tmp_path: Path) -> None:
+    expect_refusal(["verify", tmp_path / "absent"], 3, "does not exist")
+    expect_refusal(["verify", fashion], 3)
     (tmp_path / "x.onnx").write_bytes(b"\x08\x07garbage")
-    refused(["verify", tmp_path / "x.onnx"], 3, "x.onnx")
+    expect_refusal(["verify", tmp_path / "x.onnx"], 3, "x.onnx")
 
 
-def test_verify_of_a_foreign_onnx(refused: Refused, tmp_path: Path) -> None:
+def test_verify_of_a_foreign_onnx(expect_refusal: Refusal, tmp_path: Path) -> None:
     import onnx
     from onnx import TensorProto, helper
 
@@ -130,10 +130,10 @@ def test_verify_of_a_foreign_onnx(refused: Refused, tmp_path: Path) -> None:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "foreign", [x], [y])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "f.onnx")
-    refused(["verify", tmp_path / "f.onnx"], 3, "f.onnx")
+    expect_refusal(["verify", tmp_path / "f.onnx"], 3, "f.onnx")
 
 
-def test_damaged_bundles(refused: Refused, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_damaged_bundles(expect_refusal: Refusal, tiny_bundle: Path, tmp_path: Path) -> None:
     def copy(name: str) -> Path:
         return Path(shutil.copytree(tiny_bundle, tmp_path / name))
 
@@ -141,7 +141,7 @@ def test_damaged_bundles(refused: Refused, tiny_bundle: Path, tmp_path: Path) ->
     content = bytearray((changed / "model.onnx").read_bytes())
     content[len(content) // 2] ^= 1
     (changed / "model.onnx").write_bytes(content)
-    refused(["verify", changed], 3, "model.onnx")
+    expect_refusal(["verify", changed], 3, "model.onnx")
 
     leaving, newer = copy("leaving"), copy("newer")
     for folder, change in ((leaving, None), (newer, 99)):
@@ -151,26 +151,28 @@ def test_damaged_bundles(refused: Refused, tiny_bundle: Path, tmp_path: Path) ->
         else:
             manifest |= {"schema": change, "readable_from": "9.1.0"}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    refused(["verify", leaving], 3, "secret.onnx")
-    refused(["verify", newer], 3, "9.1.0")
+    expect_refusal(["verify", leaving], 3, "secret.onnx")
+    expect_refusal(["verify", newer], 3, "9.1.0")
 
 
-def test_embed_keeps_what_is_there(refused: Refused, tiny_bundle: Path, fashion: Path, tmp_path: Path) -> None:
+def test_embed_keeps_what_is_there(expect_refusal: Refusal, tiny_bundle: Path, fashion: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npy"
     out.write_bytes(b"precious")
-    refused(["embed", tiny_bundle, fashion, "--out", out], 3, "x.npy")
+    expect_refusal(["embed", tiny_bundle, fashion, "--out", out], 3, "x.npy")
     assert out.read_bytes() == b"precious"
-    refused(["embed", tiny_bundle, fashion, "--out", tmp_path / "x.xlsx"], 2, ".npy")
-    refused(["embed", tiny_bundle, fashion, "--out", tmp_path / "y.npy", "--provider", "cuda0"], 2, "cuda0")
+    expect_refusal(["embed", tiny_bundle, fashion, "--out", tmp_path / "x.xlsx"], 2, ".npy")
+    expect_refusal(["embed", tiny_bundle, fashion, "--out", tmp_path / "y.npy", "--provider", "cuda0"], 2, "cuda0")
 
 
-def test_a_provider_that_cannot_work_here(refused: Refused, tiny_bundle: Path, fashion: Path, tmp_path: Path) -> None:
+def test_a_provider_that_cannot_work_here(
+    expect_refusal: Refusal, tiny_bundle: Path, fashion: Path, tmp_path: Path
+) -> None:
     from byol_deploy.providers import probe_provider
 
     works, _ = probe_provider("cuda")
     if works:
         pytest.skip("CUDA works here; the refusal needs a machine without it")
-    refused(["embed", tiny_bundle, fashion, "--out", tmp_path / "x.npy", "--provider", "cuda"], 6)
+    expect_refusal(["embed", tiny_bundle, fashion, "--out", tmp_path / "x.npy", "--provider", "cuda"], 6)
     assert not (tmp_path / "x.npy").exists()
 
 

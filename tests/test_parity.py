@@ -17,8 +17,8 @@ from byol_deploy.parity import (
     derive_limits,
     image_noise,
     neighbour_agreement,
-    separation,
 )
+from byol_deploy.separation import separation
 
 LIMITS = {"embedding": Limit(rel_l2=1e-5, cosine=1 - 1e-10, noise_rel_l2=1e-6)}
 

@@ -17,8 +17,9 @@ import numpy as np
 from byol_deploy.bundle import Golden
 from byol_deploy.errors import DataError
 from byol_deploy.images import BadImages, ImageSource, find_images
-from byol_deploy.parity import NOISE_MULTIPLE, Limit, derive_limits, image_noise, separation
+from byol_deploy.parity import NOISE_MULTIPLE, Limit, derive_limits, image_noise
 from byol_deploy.preprocess import Preprocessing
+from byol_deploy.separation import separation
 
 if TYPE_CHECKING:
     from byol_deploy.graph import EncoderGraph
