@@ -175,6 +175,8 @@ def run_demo(
         embeddings = embed_folder(bundle_dir, images / "test", target / "embeddings.npy", force=True)
     with clock.step("evaluate", "what the embeddings are worth"):
         split = _split(images)
+        if not split.classes:
+            say(f"      {split.how}")
         measured = _Measured(recipe, run_dir, bundle_dir, bundle.manifest, split)
     with clock.step("report", f"report → {target / 'report.html'}"):
         result = DemoResult(
@@ -454,6 +456,7 @@ def _split(images: Path) -> Split:
     """The two parts with their labels; without classes where the folder has none."""
     try:
         return split_folder(images)
-    except DataError:
+    except DataError as reason:
         none = np.empty(0, np.int64)
-        return Split(find_images(images / "train"), find_images(images / "test"), none, none, [], "no labels")
+        parts = find_images(images / "train"), find_images(images / "test")
+        return Split(*parts, none, none, [], f"no kNN and no probe: {reason}")

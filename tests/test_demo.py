@@ -82,6 +82,7 @@ def test_a_folder_without_classes_gets_agreement_and_pictures(
     assert shown.returncode == 0, shown.stderr
     document = json.loads(shown.stdout)
     assert document["passed"] is True
+    assert "no kNN and no probe: " in shown.stderr
     assert all(row["scores"] is None for row in document["rows"])
     assert document["rows"][-1]["agreement"] >= 0.995
     assert (tmp_path / "demo" / "report.html").exists()
