@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import BackboneOption, TrustBackboneOption
 from .output import JsonOption, emit, table, talk
 
 
@@ -18,9 +19,8 @@ def evaluate(
     provider: Annotated[str, typer.Option(help="cpu, cuda, auto, or ONNX Runtime's own name.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; default: the cores this process may use.")] = None,
     image_size: Annotated[int | None, typer.Option(help="For a checkpoint that does not say its own, in px.")] = None,
-    trust_backbone: Annotated[
-        bool, typer.Option("--trust-backbone", help="Run a checkpoint's own backbone code (module:callable).")
-    ] = False,
+    backbone: BackboneOption = None,
+    trust_backbone: TrustBackboneOption = False,
     max_bad_share: Annotated[float, typer.Option(help="Share of unreadable images that is tolerated.")] = 0.05,
     json: JsonOption = False,
 ) -> None:
@@ -33,7 +33,12 @@ def evaluate(
     from ..pipeline import open_embedder
 
     embed = open_embedder(
-        model, provider=provider, threads=threads, image_size=image_size, trust_backbone=trust_backbone
+        model,
+        provider=provider,
+        threads=threads,
+        image_size=image_size,
+        backbone=backbone,
+        trust_backbone=trust_backbone,
     )
     found = run(embed, labelled_folder, test_share=test_share, seed=seed, max_bad_share=max_bad_share)
     for path, reason in found.bad:

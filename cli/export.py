@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import BackboneOption, TrustBackboneOption
 from .output import JsonOption, emit, table, talk
 
 
@@ -30,12 +31,8 @@ def export(
         int | None, typer.Option(help="Side in pixels, for a checkpoint that does not carry its preprocessing.")
     ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set, 18 or newer.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="For a checkpoint that does not say what its backbone is, e.g. timm/resnet18.")
-    ] = None,
-    trust_backbone: Annotated[
-        bool, typer.Option("--trust-backbone", help="Import the checkpoint's own module:callable backbone.")
-    ] = False,
+    backbone: BackboneOption = None,
+    trust_backbone: TrustBackboneOption = False,
     keep_failed: Annotated[
         Path | None, typer.Option(help="Where to keep files that failed the comparison, for a look.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import BackboneOption, TrustBackboneOption
 from .output import JsonOption, emit, talk
 
 
@@ -22,12 +23,8 @@ def verify(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads; what this process may use when left out.")
     ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="For a checkpoint that does not say what its backbone is, e.g. timm/resnet18.")
-    ] = None,
-    trust_backbone: Annotated[
-        bool, typer.Option("--trust-backbone", help="Import the checkpoint's own module:callable backbone.")
-    ] = False,
+    backbone: BackboneOption = None,
+    trust_backbone: TrustBackboneOption = False,
     json: JsonOption = False,
 ) -> None:
     """Check a bundle or a file: PASS or FAIL with numbers. The exit code is 0 or 5.

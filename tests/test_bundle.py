@@ -343,9 +343,11 @@ def test_fuzzed_golden_cases_are_an_error_or_cases() -> None:
         broken = whole.copy()
         broken[draw.integers(0, len(broken), 2)] = draw.integers(0, 256, 2)
         try:
-            golden_from_bytes(broken.tobytes())
+            found = golden_from_bytes(broken.tobytes())
         except BundleError:
             continue
+        assert found.images.dtype == np.uint8
+        assert {len(rows) for rows in found.outputs.values()} == {len(found.images)}
 
 
 def test_a_lone_file_carries_everything(whole: Path) -> None:
@@ -424,7 +426,8 @@ def test_a_damaged_or_newer_bundle_can_be_replaced(copy: Path) -> None:
     edit(copy, lambda manifest: manifest.update(schema=9))
     (copy / "model.onnx").write_bytes(b"damaged")
     tiny["write_bundle"](copy)
-    Bundle.open(copy)
+    assert (copy / "model.onnx").read_bytes() != b"damaged"
+    assert Bundle.open(copy).manifest.artefacts
 
 
 def test_parameter_hash_does_not_depend_on_order_or_byte_order() -> None:

@@ -144,4 +144,5 @@ def test_ones_own_head_on_ones_own_backbone() -> None:
 def test_read_only_images_are_taken() -> None:
     frozen = images()
     frozen.flags.writeable = False
-    EncoderGraph(trained(), PREPROCESSING).run(frozen)
+    graph = EncoderGraph(trained(), PREPROCESSING)
+    np.testing.assert_array_equal(graph.run(frozen)["embedding"], graph.run(images())["embedding"])

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from byol_deploy import Bundle, Encoder, Recipe, export, formats, verify
 from byol_deploy.errors import BundleError, DataError, ExportError, OutputError, ParityError, ProviderError, UsageError
-from byol_deploy.pipeline.proof import prove_branch
-from byol_deploy.pipeline.reference import awkward_images, real_images
 from byol_deploy.training.checkpoints import build_model, load_checkpoint
 
 RECIPE = Recipe().with_overrides(
@@ -475,46 +473,3 @@ def test_what_cannot_be_verified_is_said(bundle: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ProviderError):
             verify(bundle, provider="cuda")
-
-
-# --- parts ---
-
-
-def test_prove_branch_looks_at_values_and_names() -> None:
-    random = np.random.default_rng(0)
-    online = {"backbone.w": random.normal(size=(4, 3)).astype(np.float32), "backbone.b": np.zeros(4, np.float32)}
-    momentum = {
-        "backbone_momentum.w": online["backbone.w"] * np.float32(1.5),
-        "backbone_momentum.b": np.zeros(4, np.float32),
-    }
-    good = prove_branch({**online, "constant": np.zeros(4, np.float32)}, online, momentum)
-    assert (good.passed, good.kept, good.total) == (True, 2, 2)
-    folded = prove_branch({"backbone.b": online["backbone.b"]}, online, momentum)
-    assert folded.passed
-    assert "backbone.w" in str(folded)
-    target = momentum["backbone_momentum.w"]
-    for stored in ({**online, "val_3": target}, {**online, "val_3": np.ascontiguousarray(target.T)},
-                   {**online, "x/backbone_momentum.q": online["backbone.b"]}, {**online, "backbone.w": target + 1},
-                   {**online, "backbone.w": online["backbone.w"].T}):  # fmt: skip
-        assert not prove_branch(stored, online, momentum).passed
-    assert prove_branch(online, online, {"backbone_momentum.w": online["backbone.w"]}).passed, "not yet moved"
-
-
-def test_real_images_are_different_and_the_same_each_time(fashion: Path, tmp_path: Path) -> None:
-    preprocessing = RECIPE.preprocessing()
-    chosen, described = real_images(fashion, preprocessing)
-    assert chosen == real_images(fashion, preprocessing)[0]
-    assert len(chosen) == 16
-    assert str(fashion.parent) not in described
-    one = next(fashion.rglob("*.png"))
-    for copy_number in range(5):
-        shutil.copy(one, tmp_path / f"{copy_number}.png")
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    assert len(real_images(tmp_path, preprocessing)[0]) == 1
-
-
-def test_awkward_images() -> None:
-    batch = awkward_images(9)
-    assert batch.shape == (5, 9, 9, 3)
-    assert (batch[0].max(), batch[1].min()) == (0, 255)
-    assert len({image.tobytes() for image in batch}) == 5

@@ -49,6 +49,13 @@ def test_each_command_has_help_and_json(command: str) -> None:
     assert "--json" in shown.stdout
 
 
+@pytest.mark.parametrize("command", ["export", "verify", "evaluate"])
+def test_whatever_reads_a_checkpoint_offers_what_its_errors_ask_for(command: str) -> None:
+    offered = run(command, "--help").stdout
+    assert "--backbone" in offered
+    assert "--trust-backbone" in offered
+
+
 def test_version() -> None:
     assert run("--version").stdout.strip() == f"byol-deploy {__version__}"
 
