@@ -163,7 +163,7 @@ def run_demo(
 
     images, run_dir, bundle_dir = target / "images", target / "run", target / "bundle"
     with clock.step("images", f"images → {images}"):
-        _prepare_images(images, None if data is None else Path(data), recipe.train.seed)
+        prepare_images(images, None if data is None else Path(data), recipe.train.seed)
     with clock.step("train", "train BYOL on images/train, without labels"):
         resume = (run_dir / "recipe.yaml").exists()
         fitted = fit(images / "train", recipe, out=run_dir, resume=resume, progress=progress)
@@ -369,7 +369,7 @@ def _curves(metrics: Path) -> dict[str, tuple[list[float], list[float]]]:
 # --- images -----------------------------------------------------------------------------------------------------
 
 
-def _prepare_images(images: Path, data: Path | None, seed: int) -> None:
+def prepare_images(images: Path, data: Path | None, seed: int) -> None:
     """Make images/train and images/test, whole or not at all; what is already there stays."""
     origin = "embedded Fashion-MNIST test part" if data is None else str(data.resolve())
     marker = images / ".origin"
