@@ -24,6 +24,7 @@ READABLE_FROM = "0.1.0"
 """The first version that reads :data:`SCHEMA`."""
 
 _MAX_ITEMS = 100_000
+_MAX_CASES = 1000
 _MAX_TEXT = 4096
 _VERSION = re.compile(r"\d+(\.\d+){0,3}[0-9a-z.+-]{0,20}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -130,7 +131,8 @@ class Manifest:
         model: What was exported.
         input: What the graph takes.
         outputs: What it gives, in order.
-        limits: For each output what a self-test may differ by: ``noise_rel_l2``, ``rel_l2``, ``cosine``.
+        limits: For each output what a self-test may differ by: ``noise_rel_l2``, ``rel_l2``, ``cosine``, and ``each``,
+            the limits of the single golden cases.
         golden: Where the golden cases lie.
         artefacts: The written files; empty in the copy that a lone file carries.
         recipe: The training recipe, None when it is not known.
@@ -143,7 +145,7 @@ class Manifest:
     model: ModelInfo
     input: InputContract
     outputs: tuple[Output, ...]
-    limits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    limits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     golden: GoldenFile | None = None
     artefacts: tuple[Artefact, ...] = ()
     recipe: Mapping[str, Any] | None = None
@@ -406,14 +408,15 @@ def _golden(section: _Reader) -> GoldenFile:
     return GoldenFile(section.path("file"), section.text("sha256", _SHA256), section.count("count", 1))
 
 
-def _limits(section: _Reader) -> dict[str, Mapping[str, float]]:
-    limits: dict[str, Mapping[str, float]] = {}
+def _limits(section: _Reader) -> dict[str, Mapping[str, Any]]:
+    limits: dict[str, Mapping[str, Any]] = {}
     for name in section.data:
         values = section.mapping(name)
-        if not all(_is_finite(value) for value in values.values()):
+        lists = [value if isinstance(value, list) else [value] for value in values.values()]
+        if not all(len(numbers) <= _MAX_CASES and all(map(_is_finite, numbers)) for numbers in lists):
             section.fault(name, "an object of finite numbers")
         else:
-            limits[name] = {key: float(value) for key, value in values.items()}
+            limits[name] = dict(values)
     return limits
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from byol_deploy.bundle import REPORT_FILE, Bundle
 from byol_deploy.drawing import class_name, draw_curve, draw_map, picture
 from byol_deploy.errors import MissingExtraError
 from byol_deploy.images import ImageSource
-from byol_deploy.parity import ParityReport, ParityRow
+from byol_deploy.parity import ParityReport
 
 FEWEST_ROWS_TO_FOLD = 10
 """A table of facts with more rows than this is folded."""
@@ -245,7 +245,7 @@ def write_report(
         warnings=list(dict.fromkeys(listed)),
         results=results,
         columns={name for name in vars(ResultRow("")) if any(getattr(row, name) not in (None, "") for row in results)},
-        parity=[(block, _worst(block.report)) for block in parity],
+        parity=[(block, block.report.worst()) for block in parity],
         gallery=gallery,
         map=None if map is None else draw_map(map.points, map.labels, map.names) | {"method": map.method},
         curves=[draw_curve(name, *series) for name, series in (curves or {}).items()],
@@ -351,15 +351,6 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> list[Fact]:
         else:
             rows.append((name, str(value)))
     return rows
-
-
-def _worst(report: ParityReport) -> list[ParityRow]:
-    """The worst row of each output. It may be one of too few images to have neighbours: they are from all its rows."""
-    agreed: dict[str, float] = {}
-    for row in report.rows:
-        if row.neighbour_agreement is not None:
-            agreed[row.output] = min(row.neighbour_agreement, agreed.get(row.output, 1.0))
-    return [replace(row, neighbour_agreement=agreed.get(row.output)) for row in report.worst()]
 
 
 # --- numbers and images for the template ------------------------------------------------------------------------

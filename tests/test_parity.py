@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,17 @@ import torch
 
 from byol_deploy.parity import (
     LEAST_REL_L2,
+    FidelityLimit,
     Limit,
     ParityReport,
+    bootstrap_share,
     compare,
+    compare_callables,
     derive_limits,
     image_noise,
     neighbour_agreement,
+    neighbours,
+    separation_margin,
 )
 from byol_deploy.separation import separation
 
@@ -102,8 +108,8 @@ def test_nothing_to_compare_is_a_failure(
 
 def test_zero_vectors() -> None:
     zeros = np.zeros((3, 8), np.float32)
-    assert one(zeros, zeros).passed
-    assert not one(zeros, zeros + 1e-9).passed
+    assert compare({"embedding": zeros}, {"embedding": zeros}, limits=LIMITS, different_images=False).passed
+    assert not compare({"embedding": zeros}, {"embedding": zeros + 1e-9}, limits=LIMITS, different_images=False).passed
     assert not one(vectors(3, 8), zeros).passed
 
 
@@ -212,4 +218,175 @@ def test_the_table_shows_the_worst_row_of_each_output() -> None:
     text = report.table()
     assert text.count("FAIL") == 2
     assert "worst of 2" in text
-    assert len(report.table(all_rows=True).splitlines()) == 4
+    assert len(report.table(all_rows=True).splitlines()) == 5
+
+
+# --- limits of single images ---
+
+
+def test_each_image_has_its_own_limit() -> None:
+    double = {"embedding": vectors(6).astype(np.float64)}
+    noise = np.array([1e-6, 1e-6, 2e-6, 1e-6, 5e-5, 1e-9])[:, None]
+    limit = derive_limits({"embedding": double["embedding"] * (1 + noise)}, double)["embedding"]
+    # No less than the median: a draw that happened to round well must not make its limit unreachable.
+    assert limit.each == pytest.approx([1e-5, 1e-5, 2e-5, 1e-5, 5e-4, 1e-5], rel=1e-4)
+    assert limit.rel_l2 == max(limit.each)
+    drifted = double["embedding"].copy()
+    drifted[4] *= 1 + 1e-4  # within what the noisy image may differ by
+    assert one(double["embedding"], drifted, {"embedding": limit}).passed
+    drifted[1] *= 1 + 1e-4  # far beyond what this one may
+    report = one(double["embedding"], drifted, {"embedding": limit})
+    assert not report.passed
+    assert report.rows[0].image == 1
+    assert report.rows[0].limit.rel_l2 == pytest.approx(1e-5, rel=1e-4)
+    assert report.rows[0].floors == pytest.approx(100, rel=1e-2)
+    assert "derived for 6" in one(double["embedding"][:5], drifted[:5], {"embedding": limit}).failures[0]
+
+
+def test_the_noise_is_the_largest_of_several_evaluations() -> None:
+    double = {"embedding": vectors().astype(np.float64)}
+    quiet, loud = ({"embedding": double["embedding"] * (1 + noise)} for noise in (1e-7, 4e-6))
+    assert derive_limits([quiet, loud], double)["embedding"].noise_rel_l2 == pytest.approx(4e-6, rel=1e-6)
+    assert image_noise([quiet, loud], double) == pytest.approx(np.full(12, 4e-6), rel=1e-6)
+
+
+def test_a_limit_survives_json_and_keeps_its_images() -> None:
+    limit = Limit(1e-4, 0.999, 1e-5, (1e-5, 1e-4, 2e-5))
+    assert Limit.from_dict(json.loads(json.dumps(limit.to_dict()))) == limit
+    assert limit.subset([0, 2]).each == (1e-5, 2e-5)
+    assert limit.subset([0, 2]).rel_l2 == 2e-5
+    for each in ([1e-3, 1e-5, 1e-5], [0.0, 1e-5, 1e-5], ["x"], 5):
+        with pytest.raises(ValueError, match=r"limit|number"):
+            Limit.from_dict(limit.to_dict() | {"each": each})
+
+
+# --- the encoder's own measures ---
+
+
+def test_sqnr_is_its_definition() -> None:
+    expected, actual = vectors().astype(np.float64), vectors() + 0.01 * vectors(seed=1)
+    (row,) = one(expected, actual.astype(np.float64)).rows
+    signal, noise = (expected**2).sum(), ((actual - expected) ** 2).sum()
+    assert row.sqnr_db == pytest.approx(10 * np.log10(signal / noise))
+    assert one(expected, expected).rows[0].sqnr_db is None
+
+
+def test_margin_is_drift_over_the_distance_of_different_images() -> None:
+    expected = vectors(20, 6).astype(np.float64)
+    actual = expected + 0.1 * vectors(20, 6, seed=1)
+    pairs = [np.linalg.norm(expected[i] - expected[j]) for i in range(20) for j in range(i)]
+    drift = np.percentile(np.linalg.norm(actual - expected, axis=1), 99)
+    assert separation_margin(actual, expected) == pytest.approx(drift / np.percentile(pairs, 1), rel=1e-12)
+    assert separation_margin(actual[:2], expected[:2]) is None
+    assert separation_margin(np.ones((4, 2)), np.ones((4, 2))) == 0
+    assert separation_margin(np.zeros((4, 2)), np.ones((4, 2))) == math.inf
+
+
+def test_overlap_of_ten_against_a_plain_count() -> None:
+    a, b = vectors(60, 8), vectors(60, 8) + 0.4 * vectors(60, 8, seed=1)
+
+    def ten(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.mean(0, dtype=np.float64)
+        similarity = x @ x.T / np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(x, axis=1))
+        np.fill_diagonal(similarity, -2)
+        return np.argsort(-similarity, axis=1)[:, :10]
+
+    expected = [len(set(mine) & set(theirs)) / 10 for mine, theirs in zip(ten(a), ten(b), strict=True)]
+    found = neighbours(a, b, block=17)
+    assert found is not None
+    assert 0.2 < np.mean(expected) < 0.95
+    assert found.overlap.tolist() == expected
+    assert neighbours(a[:29], b[:29]).overlap is None
+    assert neighbours(a, a).overlap.min() == 1
+
+
+def test_bootstrap_intervals() -> None:
+    scores = np.repeat([1.0, 0.0], [90, 10])
+    share = bootstrap_share(scores)
+    # The interval of a mean of 100 coin tosses at .9: its standard error is .03.
+    assert share.value == 0.9
+    assert share.low == pytest.approx(0.9 - 1.96 * 0.03, abs=0.012)
+    assert share.high == pytest.approx(0.9 + 1.96 * 0.03, abs=0.012)
+    # All agree: resampling has nothing to show, and the exact binomial end is told.
+    assert bootstrap_share(np.ones(59)).low == pytest.approx(0.05 ** (1 / 59))
+    assert bootstrap_share(np.ones(59)).high == 1.0
+
+
+# --- reduced precision ---
+
+
+def fidelity(expected: np.ndarray, actual: np.ndarray, **limit: float | None) -> ParityReport:
+    return compare({"embedding": expected}, {"embedding": actual}, limits={"embedding": FidelityLimit(**limit)})
+
+
+def test_reduced_precision_is_judged_by_margin_and_neighbours() -> None:
+    expected = vectors(80, 16)
+    assert fidelity(expected, expected + 0.01 * vectors(80, 16, seed=1)).passed
+    worn = fidelity(expected, expected + 0.9 * vectors(80, 16, seed=1))
+    assert not worn.passed
+    assert "margin" in worn.failures[0]
+    assert "keep their nearest neighbour" in worn.failures[0]
+    json.dumps(worn.to_dict(), allow_nan=False)
+    assert ParityReport.from_dict(json.loads(json.dumps(worn.to_dict()))).rows[0].limit == FidelityLimit()
+
+
+def test_reduced_precision_with_too_few_images_is_not_comparable() -> None:
+    few = fidelity(vectors(20), vectors(20))
+    assert not few.passed
+    assert "needs 50 images, there are 20" in few.failures[0]
+    assert fidelity(vectors(20), vectors(20), agreement=None).passed
+    assert "needs 3 different images" in fidelity(vectors(2), vectors(2), agreement=None).failures[0]
+    assert "left out, with 20 images at most: overlap of ten neighbours needs 30" in few.table()
+
+
+@pytest.mark.parametrize("limit", [{"margin": 0.0, "agreement": 0.9}, {"margin": 2.0, "agreement": 0.9}, {"margin": 1}])
+def test_a_fidelity_limit_that_limits_nothing_is_refused(limit: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"limit|above 0 and up to 1"):
+        FidelityLimit.from_dict(limit)
+
+
+# --- what cannot be compared ---
+
+
+@pytest.mark.parametrize("same", [np.zeros((12, 32), np.float32), np.tile(vectors(1), (12, 1))])
+def test_constant_outputs_are_not_comparable(same: np.ndarray) -> None:
+    report = one(same, same)
+    assert not report.passed
+    assert "the same vector for all 12 images" in report.failures[0]
+
+
+def linear(weights: np.ndarray) -> Any:
+    return lambda images: {"embedding": (images.reshape(len(images), -1) @ weights).astype(np.float32)}
+
+
+def test_any_two_callables_can_be_compared() -> None:
+    weights = np.random.default_rng(0).normal(size=(48, 8))
+    images = np.random.default_rng(1).normal(size=(12, 4, 4, 3))
+    exact = lambda images: {"embedding": images.reshape(len(images), -1) @ weights}  # noqa: E731
+    report = compare_callables(linear(weights), linear(weights), images, double=exact, subject="mine")
+    assert report.passed, report.table()
+    assert [row.subject for row in report.rows] == [f"mine, batch {size}" for size in (1, 2, 3, 7, 12)]
+    assert not compare_callables(linear(weights), linear(weights * 1.001), images, double=exact).passed
+
+    def picky(batch: np.ndarray) -> Any:
+        if len(batch) != 3:
+            raise ValueError("this takes three images")
+        return linear(weights)(batch)
+
+    baked = compare_callables(linear(weights), picky, images, double=exact)
+    assert {row.subject: row.passed for row in baked.rows} == {
+        "batch 1": False, "batch 2": False, "batch 3": True, "batch 7": False, "batch 12": False
+    }  # fmt: skip
+    assert "three images" in baked.failures[0]
+
+
+def test_a_reference_that_changes_its_mind_is_not_comparable() -> None:
+    draw = np.random.default_rng(0)
+
+    def restless(images: np.ndarray) -> Any:
+        return {"embedding": images.reshape(len(images), -1) + 0.1 * draw.normal(size=(len(images), 48))}
+
+    images = np.random.default_rng(1).normal(size=(9, 4, 4, 3))
+    report = compare_callables(restless, restless, images)
+    assert not report.passed
+    assert "gives other numbers when it is asked again (embedding)" in report.failures[0]

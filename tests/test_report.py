@@ -18,7 +18,7 @@ from PIL import Image
 
 from byol_deploy.bundle import Bundle
 from byol_deploy.errors import BundleError, MissingExtraError
-from byol_deploy.parity import Limit, ParityReport, compare
+from byol_deploy.parity import Limit, ParityReport, Share, compare
 from byol_deploy.report import (
     EmbeddingMap,
     Gallery,
@@ -201,8 +201,8 @@ def test_comparisons_are_folded_behind_the_worst(tmp_path: Path) -> None:
 
 def test_neighbours_come_from_all_comparisons_where_the_worst_has_too_few_images(tmp_path: Path) -> None:
     many = comparison(1e-7)
-    few = ParityReport((replace(comparison(4e-6).rows[0], n=5, neighbour_agreement=None),))
-    half = ParityReport((replace(many.rows[0], neighbour_agreement=0.5),))
+    few = ParityReport((replace(comparison(4e-6).rows[0], n=5, neighbours=None),))
+    half = ParityReport((replace(many.rows[0], neighbours=Share(0.5, 0.3, 0.7)),))
     report = ParityReport.merged([many, few, half])
     _, page = full_page(tmp_path / "r.html", parity=[ParityBlock("m.onnx", "onnx", "fp32", 1, report)], results=())
     shown = page.text.split("All 3 comparisons")[0]

@@ -1,0 +1,215 @@
+"""How much may a file differ? That depends on the model, and on the precision that the file promises.
+
+**float32.** A deep transformer gathers more rounding error than a small ResNet, and an image can be harder than its
+neighbour: a fixed tolerance is blind on the one or too strict for the other. So the limit comes from the model and the
+image. The reference is computed in float64 and, several times, in float32: as it is, with its memory laid out
+otherwise, and with weights moved by half of their last bit, which is what a runtime does that folds batch norm. The
+largest distance of these from float64 is the *noise floor* of an image, :func:`image_noise`. A correct float32 runtime
+orders its sums in yet another way and lands at about the same distance; the limit is :data:`NOISE_MULTIPLE` floors.
+Real faults are orders of magnitude beyond it (wrong mean or channel order: 0.1 to 1 relative; another epsilon in batch
+norm: about 1e-4). benchmarks/results/backbones.md holds what was measured on the families of timm and torchvision.
+
+**Reduced precision.** An int8 file is not the same function, and no multiple of float32's noise says whether it is
+still the same *encoder*. :class:`FidelityLimit` asks what an embedding is used for: is a drifted vector still nearer to
+its own image than to any other (the margin), and are the nearest neighbours the same ones?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from byol_deploy.parity.measures import as_rows, relative_l2
+
+NOISE_MULTIPLE = 10.0
+"""The limit on relative L2, in noise floors of the image."""
+
+LEAST_REL_L2 = 2e-6
+"""The limit where the noise floor is smaller than a tenth of it: 17 float32 roundings (2**-23)."""
+
+MOST_REL_L2 = 0.1
+"""More than a tenth of the vector's length is no rounding any more, whatever the model does with it."""
+
+BLIND_REL_L2 = 1e-4
+"""The limit where the model cannot compute in float64, so that its noise is not known."""
+
+MOST_MARGIN = 0.5
+"""A vector that moved by less than half of the distance between two images is still nearer to its own image."""
+
+LEAST_AGREEMENT = 0.95
+"""Share of images that must keep their nearest neighbour at reduced precision."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one output of a float32 file may differ by.
+
+    Attributes:
+        rel_l2: Largest relative L2 error of any image.
+        cosine: Smallest cosine of any image with its reference.
+        noise_rel_l2: The model's own noise floor that the two were derived from; 0 when it is not known.
+        each: Limit on the relative L2 error of each single image, none above ``rel_l2``; empty where ``rel_l2``
+            holds for all.
+    """
+
+    rel_l2: float
+    cosine: float
+    noise_rel_l2: float = 0.0
+    each: tuple[float, ...] = ()
+
+    def of_images(self, n: int) -> np.ndarray | None:
+        """(n,) float64: each image's limit; None when this limit was derived for another number of images."""
+        if self.each and len(self.each) != n:
+            return None
+        return np.array(self.each) if self.each else np.full(n, self.rel_l2)
+
+    def subset(self, places: Sequence[int]) -> Limit:
+        """The limit of some of the images."""
+        chosen = tuple(self.each[place] for place in places) if self.each else ()
+        largest = max(chosen, default=self.rel_l2)
+        return Limit(largest, _cosine_of(largest), self.noise_rel_l2, chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in a manifest: ``{"rel_l2": ..., "cosine": ..., "noise_rel_l2": ...}``, and ``each`` where there is."""
+        document = asdict(self)
+        if self.each:
+            document["each"] = list(self.each)
+        else:
+            del document["each"]
+        return document
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Limit:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: A key is missing or unknown, or a value cannot be a limit. A limit that lets everything pass
+                (an error above 1, a cosine of 0 or below) is no limit.
+        """
+        names = ("rel_l2", "cosine", "noise_rel_l2")
+        if not isinstance(data, Mapping) or set(data) - {"each"} != set(names):
+            raise ValueError(f"a limit is {data!r}; it has the keys {', '.join(names)}")
+        each = data.get("each", ())
+        if not isinstance(each, list | tuple):
+            raise ValueError(f"each is {each!r}; it must be a list of numbers")
+        numbers = {name: data[name] for name in names} | {f"each[{at}]": value for at, value in enumerate(each)}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
+        made = cls(
+            float(data["rel_l2"]),
+            float(data["cosine"]),
+            float(data["noise_rel_l2"]),
+            tuple(float(value) for value in each),
+        )
+        if not (0 < made.rel_l2 <= 1 and 0 < made.cosine <= 1 and 0 <= made.noise_rel_l2 <= 1):
+            raise ValueError(f"a limit is {dict(data)}; rel_l2 and cosine lie above 0 and up to 1, the noise in 0 to 1")
+        if not all(0 < value <= made.rel_l2 for value in made.each):
+            raise ValueError(f"a limit is {dict(data)}; each of its images' limits lies above 0 and up to rel_l2")
+        return made
+
+
+@dataclass(frozen=True)
+class FidelityLimit:
+    """What one output of a file of reduced precision may differ by.
+
+    Attributes:
+        margin: Largest drift in distances between different images, see :func:`byol_deploy.parity.separation_margin`.
+        agreement: Smallest share of images with the same nearest neighbour; None where it is not asked for, because
+            there are too few images for it.
+    """
+
+    margin: float = MOST_MARGIN
+    agreement: float | None = LEAST_AGREEMENT
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"margin": ..., "agreement": ...}``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FidelityLimit:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: A key is missing or unknown, or a value cannot be a limit.
+        """
+        if not isinstance(data, Mapping) or set(data) != {"margin", "agreement"}:
+            raise ValueError(f"a fidelity limit is {data!r}; it has the keys margin, agreement")
+        for name, value in data.items():
+            if value is None and name == "agreement":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"{name} is {value!r}; it must be a number above 0 and up to 1")
+        return cls(float(data["margin"]), None if data["agreement"] is None else float(data["agreement"]))
+
+
+AnyLimit = Limit | FidelityLimit
+
+
+def derive_limits(
+    single: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]],
+    double: Mapping[str, np.ndarray] | None,
+    *,
+    multiple: float = NOISE_MULTIPLE,
+    least: float = LEAST_REL_L2,
+) -> dict[str, Limit]:
+    """Limits for each image from the reference's own float32 noise.
+
+    Args:
+        single: Output name to (N, D), the reference in float32; or several such evaluations, each of which rounds
+            otherwise. One evaluation is one draw of rounding errors, which may happen to be small.
+        double: The same images in float64; None where the model cannot compute in float64. The limit is then
+            a round 1e-4, which every family measured so far keeps with an order to spare.
+        multiple: Limit in noise floors.
+        least: Smallest limit.
+
+    Returns:
+        Output name to its limit. An image's floor is its own noise, and no less than the median of all: a draw that
+        happened to round well must not make its limit unreachable. A cosine belongs to a relative error r: the angle
+        between a vector and one that lies r of its length away is at most asin(r), so it is at least sqrt(1 - r^2).
+    """
+    draws = [single] if isinstance(single, Mapping) else list(single)
+    limits = {}
+    for name, expected in draws[0].items():
+        if double is None:
+            limits[name] = Limit(BLIND_REL_L2, _cosine_of(BLIND_REL_L2))
+            continue
+        noise = np.max([_noise(draw[name], double[name]) for draw in draws], axis=0, initial=0.0)
+        finite = noise[np.isfinite(noise)]
+        typical = float(np.median(finite)) if finite.size else 0.0
+        floors = np.where(np.isfinite(noise), np.maximum(noise, typical), typical)
+        each = np.clip(multiple * floors, least, MOST_REL_L2)
+        largest = float(each.max()) if len(expected) else least
+        limits[name] = Limit(
+            largest, _cosine_of(largest), float(finite.max()) if finite.size else 0.0, tuple(each.tolist())
+        )
+    return limits
+
+
+def image_noise(
+    single: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]], double: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """For each image the largest relative L2 distance of any output's float32 from its float64.
+
+    Args:
+        single: Output name to (N, D), the reference in float32; or several such evaluations.
+        double: The same images in float64.
+
+    Returns:
+        (N,) float64; infinite where an output is not finite.
+    """
+    draws = [single] if isinstance(single, Mapping) else list(single)
+    noise = np.max([_noise(values, double[name]) for draw in draws for name, values in draw.items()], axis=0)
+    return np.asarray(np.where(np.isfinite(noise), noise, np.inf))
+
+
+def _noise(single: np.ndarray, double: np.ndarray) -> np.ndarray:
+    return relative_l2(as_rows(single), as_rows(double))
+
+
+def _cosine_of(rel_l2: float) -> float:
+    return math.sqrt(1.0 - min(rel_l2, 1.0) ** 2)
