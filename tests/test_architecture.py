@@ -24,6 +24,7 @@ LAYERS = {
     "cores": "0",
     "checks": "0",
     "atomic": "1",
+    "awkward": "1",
     "images": "1",
     "preprocess": "1",
     "recipe": "1",
