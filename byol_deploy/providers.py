@@ -28,7 +28,7 @@ from byol_deploy.images import printable
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # Listed by builds, but no choice for "auto": they compile an engine for minutes, or send the data elsewhere.
-_NEVER_AUTOMATIC = {"TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider", "AzureExecutionProvider"}
+NEVER_AUTOMATIC = {"TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider", "AzureExecutionProvider"}
 _NVIDIA = {CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"}
 _OPTIMIZATION = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -170,7 +170,7 @@ def create_session(
 
 def _best() -> str:
     for name in onnxruntime.get_available_providers():
-        if name not in _NEVER_AUTOMATIC and _probe(name)[0]:
+        if name not in NEVER_AUTOMATIC and _probe(name)[0]:
             return str(name)
     return CPU
 

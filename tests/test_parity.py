@@ -217,7 +217,7 @@ def test_the_table_shows_the_worst_row_of_each_output() -> None:
     assert report.worst()[0].rel_l2 == pytest.approx(0.01, rel=1e-4)
     text = report.table()
     assert text.count("FAIL") == 2
-    assert "worst of 2" in text
+    assert "comparisons, 2 in all" in text
     assert len(report.table(all_rows=True).splitlines()) == 5
 
 
@@ -251,8 +251,9 @@ def test_the_noise_is_the_largest_of_several_evaluations() -> None:
 
 
 def test_a_limit_survives_json_and_keeps_its_images() -> None:
-    limit = Limit(1e-4, 0.999, 1e-5, (1e-5, 1e-4, 2e-5))
+    limit = Limit(1e-4, 0.999, 1e-5, (1e-5, 1e-4, 2e-5), 0.25)
     assert Limit.from_dict(json.loads(json.dumps(limit.to_dict()))) == limit
+    assert Limit.from_dict({"rel_l2": 1e-4, "cosine": 0.9, "noise_rel_l2": 0}) == Limit(1e-4, 0.9)
     assert limit.subset([0, 2]).each == (1e-5, 2e-5)
     assert limit.subset([0, 2]).rel_l2 == 2e-5
     for each in ([1e-3, 1e-5, 1e-5], [0.0, 1e-5, 1e-5], ["x"], 5):
@@ -272,14 +273,22 @@ def test_sqnr_is_its_definition() -> None:
 
 
 def test_margin_is_drift_over_the_distance_of_different_images() -> None:
-    expected = vectors(20, 6).astype(np.float64)
+    expected = vectors(20, 6).astype(np.float64) + 3
     actual = expected + 0.1 * vectors(20, 6, seed=1)
-    pairs = [np.linalg.norm(expected[i] - expected[j]) for i in range(20) for j in range(i)]
-    drift = np.percentile(np.linalg.norm(actual - expected, axis=1), 99)
-    assert separation_margin(actual, expected) == pytest.approx(drift / np.percentile(pairs, 1), rel=1e-12)
+
+    def sphere(x: np.ndarray) -> np.ndarray:
+        return (x - x.mean(0)) / np.linalg.norm(x - x.mean(0), axis=1, keepdims=True)
+
+    e, a = sphere(expected), sphere(actual)
+    pairs = [np.linalg.norm(e[i] - e[j]) for i in range(20) for j in range(i)]
+    drift = np.percentile(np.linalg.norm(a - e, axis=1), 99)
+    margin = separation_margin(actual, expected)
+    assert margin == pytest.approx(drift / np.percentile(pairs, 1), rel=1e-12)
+    # What moves all images alike, or stretches them all, changes nothing about who is near whom.
+    assert separation_margin(3 * actual + 5, expected) == pytest.approx(margin, rel=1e-9)
+    assert separation_margin(actual, expected, apart=drift) == pytest.approx(1)
     assert separation_margin(actual[:2], expected[:2]) is None
     assert separation_margin(np.ones((4, 2)), np.ones((4, 2))) == 0
-    assert separation_margin(np.zeros((4, 2)), np.ones((4, 2))) == math.inf
 
 
 def test_overlap_of_ten_against_a_plain_count() -> None:
@@ -339,7 +348,10 @@ def test_reduced_precision_with_too_few_images_is_not_comparable() -> None:
     assert "left out, with 20 images at most: overlap of ten neighbours needs 30" in few.table()
 
 
-@pytest.mark.parametrize("limit", [{"margin": 0.0, "agreement": 0.9}, {"margin": 2.0, "agreement": 0.9}, {"margin": 1}])
+@pytest.mark.parametrize(
+    "limit",
+    [{"margin": 0.0, "agreement": 0.9, "apart": None}, {"margin": 2.0, "agreement": 0.9, "apart": None}, {"margin": 1}],
+)
 def test_a_fidelity_limit_that_limits_nothing_is_refused(limit: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"limit|above 0 and up to 1"):
         FidelityLimit.from_dict(limit)

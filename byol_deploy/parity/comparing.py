@@ -17,6 +17,7 @@ from byol_deploy.parity.measures import (
     bootstrap_share,
     centred_cosine_min,
     cosines,
+    distance_apart,
     neighbours,
     relative_l2,
     separation_margin,
@@ -219,7 +220,8 @@ def _compare_one(
     errors = relative_l2(tested, reference)
     image = int((errors / each).argmax()) if isinstance(limit, Limit) else int(errors.argmax())
     angles = cosines(tested, reference)
-    margin = separation_margin(tested, reference) if different_images else None
+    apart = limit.apart if limit.apart is not None else distance_apart(reference) if different_images else None
+    margin = None if apart is None else separation_margin(tested, reference, apart)
     near = neighbours(reference, tested, noise_rel_l2=noise) if different_images else None
     row = ParityRow(
         subject=subject,

@@ -120,24 +120,48 @@ def distances(rows: np.ndarray) -> np.ndarray:
     return np.concatenate(upper) if upper else np.empty(0)
 
 
-def separation_margin(actual: np.ndarray, expected: np.ndarray) -> float | None:
+def centred_units(rows: np.ndarray) -> np.ndarray:
+    """Rows minus their mean, at unit length: the sphere on which neighbours by centred cosine live."""
+    centred = rows - rows.mean(axis=0)
+    units: np.ndarray = centred / np.maximum(np.linalg.norm(centred, axis=1), _TINY)[:, None]
+    return units
+
+
+def distance_apart(expected: np.ndarray) -> float | None:
+    """How near two different images lie to each other: the 1st percentile of their distances on the unit sphere.
+
+    Args:
+        expected: (N, D), of N different images.
+
+    Returns:
+        0 to 2, of :func:`centred_units`; None for fewer than 3 images.
+    """
+    if len(expected) < FEWEST_FOR_SEPARATION:
+        return None
+    return float(np.percentile(distances(centred_units(expected)), 1))
+
+
+def separation_margin(actual: np.ndarray, expected: np.ndarray, apart: float | None = None) -> float | None:
     """Drift in units of the distance between different images.
 
-    The 99th percentile over the images of |actual - expected|, divided by the 1st percentile of the distances between
-    the reference's vectors of two different images. Below a half, a vector that drifted is still nearer to its own
-    image than to (nearly) any other.
+    Both sides are centred on their own mean and brought to unit length, as for neighbours: a file that moves all
+    images alike, or makes all vectors longer, changes nothing about which images are near each other (bfloat16 does
+    so on crowded embeddings). The margin is the 99th percentile over the images of the drift, divided by the 1st
+    percentile of the distances between the reference's different images.
 
     Args:
         actual: (N, D).
         expected: (N, D), of N different images.
+        apart: :func:`distance_apart`, where it is known from more images than these.
 
     Returns:
-        0 or more; infinite where different images have the same vector; None for fewer than 3 images.
+        0 or more; infinite where different images have the same vector; None for fewer than 3 images and no ``apart``,
+        or for a single image.
     """
-    if len(expected) < FEWEST_FOR_SEPARATION:
+    apart = distance_apart(expected) if apart is None else apart
+    if apart is None or len(expected) < 2:
         return None
-    drift = float(np.percentile(np.linalg.norm(actual - expected, axis=1), 99))
-    apart = float(np.percentile(distances(expected), 1))
+    drift = float(np.percentile(np.linalg.norm(centred_units(actual) - centred_units(expected), axis=1), 99))
     if apart == 0.0:
         return 0.0 if drift == 0.0 else math.inf
     return drift / apart

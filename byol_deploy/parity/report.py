@@ -211,7 +211,7 @@ class ParityReport:
         lines = [_cells(row, all_rows) for row in shown]
         texts = _columns([[*(["compared"] if all_rows else []), *_HEADER], *lines]) if lines else []
         if not all_rows and len(self.rows) > len(lines) > 0:
-            texts.append(f"the worst of {len(self.rows) // len(lines)} comparisons per output")
+            texts.append(f"for each output the worst of its comparisons, {len(self.rows)} in all")
         texts += self.left_out
         texts += [f"FAIL {failure}" for failure in self.failures] if not self.passed else []
         texts += [f"WARNING {warning}" for warning in self.warnings]

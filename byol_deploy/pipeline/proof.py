@@ -11,17 +11,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from byol_deploy.bundle import read_carried
+from byol_deploy.cores import usable_cores
+from byol_deploy.errors import BundleError, ProviderError
 from byol_deploy.formats import Format, Run, RunOptions
-from byol_deploy.parity import Limit, ParityReport, compare
-from byol_deploy.pipeline.reference import Reference, first_line
+from byol_deploy.parity import (
+    LEAST_AGREEMENT,
+    AnyLimit,
+    FidelityLimit,
+    ParityReport,
+    ParityRow,
+    cannot_run,
+    compare,
+    compare_run,
+    not_comparable,
+)
+from byol_deploy.pipeline.reference import ImageSet, Reference
 from byol_deploy.runtime import Encoder
-from byol_deploy.selftest import run_in_batches
 
 if TYPE_CHECKING:
     from byol_deploy.training.checkpoints import LoadedCheckpoint
 
-BATCH_SIZES = (1, 2, 7)
-"""What every file is run at. Never the batch that was traced with."""
+BATCH_SIZES = (1, 2, 3, 7)
+"""What every file is run at, beside the largest."""
+LARGEST_BATCH = 32
+_AWKWARD_BATCH = 7
 
 
 @dataclass(frozen=True)
@@ -99,62 +112,127 @@ def prove_branch(
     return BranchProof(kept, len(online), tuple(absent), tuple(faults))
 
 
-def compare_file(path: Path, format: Format, reference: Reference, options: RunOptions) -> ParityReport:
-    """Load a written file in a fresh session and compare it with the reference, never on the traced tensor.
+@dataclass(frozen=True)
+class Condition:
+    """One way to run a file: where, with what, and how many images at once."""
 
-    Real and awkward images at batch sizes 1, 2 and 7; then, from the sources of the real images on, the preprocessing
-    that the file itself carries against the training side's. Whatever the file's runtime raises on such input is a
-    failed row, not an exception.
+    options: RunOptions
+    batch_size: int
+    words: str
+
+    def subject(self, file: str, images: ImageSet) -> str:
+        """For the report: ``model.onnx, real images, 1 thread, batch 7``."""
+        return ", ".join(part for part in (file, images.name, self.words, f"batch {self.batch_size}") if part)
+
+
+def matrix(format: Format, base: RunOptions) -> list[Condition]:
+    """The conditions under which a file must compute the same.
+
+    Every batch size as asked; then, at one batch size, what else a deployment may change: one thread instead of all,
+    graph optimisation off, each other provider that works here. What the caller fixed is not varied.
+    """
+    conditions = [Condition(base, size, "") for size in BATCH_SIZES]
+    size = BATCH_SIZES[-1]
+    if base.threads is None and usable_cores() > 1:
+        conditions.append(Condition(replace(base, threads=1), size, "1 thread"))
+    if base.optimization is None:
+        conditions += [
+            Condition(replace(base, optimization=level), size, f"optimisation {level}")
+            for level in format.optimizations
+        ]
+    if base == RunOptions(threads=base.threads, optimization=base.optimization):
+        conditions += [
+            Condition(replace(base, provider=name), size, f"provider {name}") for name in format.providers()[1:]
+        ]
+    return conditions
+
+
+def compare_file(
+    path: Path, format: Format, reference: Reference, options: RunOptions, *, precision: str = "fp32"
+) -> ParityReport:
+    """Load a written file in fresh sessions and compare it with the reference, never on the traced tensor.
+
+    Graph: real images under every condition of :func:`matrix`, awkward ones, and many real ones at the largest batch,
+    which also tell about neighbours and margins. End to end: from image files on, the preprocessing that the file
+    itself carries against the training side's. Whatever the file's runtime raises on such input is a failed row, not
+    an exception.
+
+    Args:
+        path: The file.
+        format: Its format.
+        reference: What it must compute.
+        options: How it is run; what it leaves open is varied.
+        precision: What the file promises. "fp32" is held to the model's own rounding noise, anything else to margin
+            and neighbours.
 
     Raises:
         BundleError, ProviderError: The file cannot be opened at all.
     """
-    run = format.load(path, options)
+    if reference.fault:
+        return not_comparable(reference.real.expected, reference.fault, subject=path.name)
+    sessions: dict[RunOptions, Run] = {options: format.load(path, options)}
     reports = []
-    for images in (reference.real, reference.awkward):
-        for size in BATCH_SIZES:
-            subject = f"{path.name}, {images.name}, batch {size}"
-            count = len(images.images)
-            if count == 0:  # all of them were left out: not comparable, which is no pass
-                reports.append(compare(images.expected, images.expected, limits=images.limits, subject=subject))
-                continue
-            try:
-                # Tiled to the batch size: five awkward images at batch 7 must really be seven.
-                places = np.arange(max(count, size)) % count
-                actual = run_in_batches(run, images.images[places], size)
-                actual = {name: values[:count] for name, values in actual.items()}
-            except Exception as error:
-                # A baked-in batch size shows here, as whatever that runtime calls it.
-                reports.append(_cannot_run(images.expected, images.limits, subject, error))
-                continue
-            reports.append(compare(images.expected, actual, limits=images.limits, subject=subject))
+
+    def run(condition: Condition, images: ImageSet, limits: Mapping[str, AnyLimit]) -> None:
+        subject = condition.subject(path.name, images)
+        if len(images.images) == 0:  # all of them were left out: not comparable, which is no pass
+            reports.append(compare(images.expected, images.expected, limits=limits, subject=subject))
+            return
+        try:
+            if condition.options not in sessions:
+                sessions[condition.options] = format.load(path, condition.options)
+        except (BundleError, ProviderError) as error:
+            reports.append(cannot_run(images.expected, limits, subject, error))
+            return
+        reports.append(
+            compare_run(sessions[condition.options], images.images, condition.batch_size, images.expected, limits,
+                        subject, different_images=images.different)
+        )  # fmt: skip
+
+    for condition in matrix(format, options):
+        run(condition, reference.real, limits_for(reference.real, precision))
+    run(Condition(options, _AWKWARD_BATCH, ""), reference.awkward, limits_for(reference.awkward, precision))
+    run(Condition(options, 1, ""), reference.awkward, limits_for(reference.awkward, precision))
+    crowd = limits_for(reference.crowd, precision, agreement=True)
+    run(Condition(options, LARGEST_BATCH, ""), reference.crowd, crowd)
     if "embedding" in reference.real.expected:
-        reports.append(_end_to_end(path, format, run, reference))
+        reports.append(_end_to_end(path, format, sessions[options], reference, precision))
     return ParityReport.merged(reports)
 
 
-def _end_to_end(path: Path, format: Format, run: Run, reference: Reference) -> ParityReport:
-    subject = f"{path.name}, from the image files on"
+def limits_for(images: ImageSet, precision: str, *, agreement: bool = False) -> Mapping[str, AnyLimit]:
+    """What a file of this precision may differ by on these images."""
+    if precision == "fp32":
+        return images.limits
+    return {
+        name: FidelityLimit(agreement=LEAST_AGREEMENT if agreement else None, apart=limit.apart)
+        for name, limit in images.limits.items()
+    }
+
+
+def _end_to_end(path: Path, format: Format, run: Run, reference: Reference, precision: str) -> ParityReport:
+    images = reference.end_to_end
+    subject = f"{path.name}, {images.name}"
+    expected = {"embedding": images.expected["embedding"]}
+    limits = {"embedding": limits_for(images, precision)["embedding"]}
     try:
         if format.opens_in_encoder:
             embedding = Encoder(path)(reference.sources)
         else:
-            carried = read_carried(format.carried(path), path.name)[0]
-            embedding = run(carried.preprocessing.batch(reference.sources))["embedding"]
+            preprocessing = read_carried(format.carried(path), path.name)[0].preprocessing
+            embedding = run(preprocessing.batch(reference.sources))["embedding"]
     except Exception as error:
         # As above; and a file whose own contract cannot be read is no more than a file that failed.
-        return _cannot_run({"embedding": reference.end_to_end}, reference.real.limits, subject, error)
-    return compare(
-        {"embedding": reference.end_to_end}, {"embedding": embedding}, limits=reference.real.limits, subject=subject
-    )
+        return cannot_run(expected, limits, subject, error)
+    report = compare(expected, {"embedding": embedding}, limits=limits, subject=subject, different_images=False)
+    return ParityReport(tuple(_named(row, reference.names) for row in report.rows))
 
 
-def _cannot_run(
-    expected: Mapping[str, np.ndarray], limits: Mapping[str, Limit], subject: str, error: Exception
-) -> ParityReport:
-    report = compare(expected, {}, limits=limits, subject=subject)
-    reason = f"the file cannot run this: {first_line(error)}"
-    return ParityReport(tuple(replace(row, reason=reason) for row in report.rows))
+def _named(row: ParityRow, names: Sequence[str]) -> ParityRow:
+    """A row that says which file is the worst one."""
+    if row.passed or row.image is None:
+        return row
+    return replace(row, reason=f"{row.reason} (worst: {names[row.image]})")
 
 
 def momentum_tensors(loaded: LoadedCheckpoint) -> dict[str, np.ndarray]:

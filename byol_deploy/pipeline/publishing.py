@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +34,7 @@ from byol_deploy.bundle import (
 from byol_deploy.errors import ExportError, OutputError, ParityError, UsageError
 from byol_deploy.formats import Format, RunOptions, Signature
 from byol_deploy.images import printable
-from byol_deploy.parity import ParityReport
+from byol_deploy.parity import Limit, ParityReport
 from byol_deploy.pipeline.proof import BranchProof, compare_file, few, momentum_tensors, prove_branch
 from byol_deploy.pipeline.reference import Reference, build_reference, choose_golden
 from byol_deploy.preprocess import Preprocessing
@@ -110,8 +110,8 @@ def export(
         say("computing the reference in float32 and float64")
         reference = build_reference(loaded, graph, preprocessing, data)
         say(f"comparing on {reference.described}{'' if data else ' (name your own with --data)'}")
-        golden = choose_golden(reference)
-        manifest = describe_export(loaded, graph, preprocessing, reference, label)
+        golden, limits = choose_golden(reference)
+        manifest = describe_export(loaded, graph, preprocessing, reference, limits, label)
         carried = carry(manifest, golden)
         signature = _signature(graph, opset)
         artefacts = []
@@ -198,9 +198,14 @@ def _prove(
 
 
 def describe_export(
-    loaded: LoadedCheckpoint, graph: EncoderGraph, preprocessing: Preprocessing, reference: Reference, label: str
+    loaded: LoadedCheckpoint,
+    graph: EncoderGraph,
+    preprocessing: Preprocessing,
+    reference: Reference,
+    limits: Mapping[str, Limit],
+    label: str,
 ) -> Manifest:
-    """The manifest of an export, still without artefacts and golden cases."""
+    """The manifest of an export, still without artefacts and golden cases; ``limits`` are those of the golden cases."""
     widths = {name: values.shape[1] for name, values in reference.real.expected.items()}
     recipe = loaded.recipe
     return Manifest(
@@ -217,7 +222,7 @@ def describe_export(
         ),
         input=InputContract(preprocessing),
         outputs=tuple(Output(name, widths[name]) for name in graph.outputs),
-        limits={name: limit.to_dict() for name, limit in reference.real.limits.items()},
+        limits={name: limit.to_dict() for name, limit in limits.items()},
         recipe=recipe.to_dict() if recipe else None,
         written_by=_versions(),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -2,53 +2,60 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from byol_deploy.awkward import awkward_files
 from byol_deploy.bundle import Golden
 from byol_deploy.errors import DataError
-from byol_deploy.images import BadImages, ImageSource, find_images
-from byol_deploy.parity import NOISE_MULTIPLE, Limit, derive_limits, image_noise
+from byol_deploy.images import BadImages, ImageSource, describe, find_images
+from byol_deploy.parity import Limit, as_rows, derive_limits, distance_apart, first_line, image_noise, unsteady
 from byol_deploy.preprocess import Preprocessing
-from byol_deploy.separation import separation
+from byol_deploy.separation import Separation, separation
 
 if TYPE_CHECKING:
     from byol_deploy.graph import EncoderGraph
     from byol_deploy.training.checkpoints import LoadedCheckpoint
 
 REAL_IMAGES = 16
-"""Real images in a comparison. The float64 reference is the slow part: it computes them once."""
+"""Real images in every comparison of the matrix. The float64 reference is the slow part: it computes them once."""
+CROWD = 128
+"""Real images for what needs many: neighbours, margins, and the statistics of batch norm."""
 GOLDEN_CASES = 8
-AWKWARD = ("black", "white", "noise", "dark noise", "checkerboard")
-AWKWARD_MULTIPLE = 100.0
-"""The limit on awkward images, in noise floors; ten times that on real images.
-
-Far from every photograph a network can be ill-conditioned, and one draw of rounding errors then says little about the
-next: on a white image an untrained EfficientNet in ONNX Runtime lies ten floors away. These images are there for what
-real ones cannot show: saturation, overflow, wrong types. Such faults are far beyond this. Drift is judged on real ones.
-"""
+SYNTHETIC = ("black", "white", "noise", "dark noise", "checkerboard")
 CHAOS_REL_L2 = 1e-3
 """An awkward image on which the reference's own noise is above this is left out, and the report says so."""
-_FILES_END_TO_END = 5
+_USERS_FILES = 8
+_BATCH = 16
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images with what the trained model gives for them, and what a file may differ by."""
+    """Images with what the trained model gives for them, and what a float32 file may differ by.
+
+    Attributes:
+        name: For the report.
+        images: (N, H, W, 3) uint8, preprocessed.
+        expected: Output name to (N, D) float32.
+        limits: Output name to the limit.
+        different: Whether the images tell something about neighbours and distances: different real ones do.
+    """
 
     name: str
     images: np.ndarray
     expected: dict[str, np.ndarray]
     limits: dict[str, Limit]
+    different: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,71 +65,179 @@ class Reference:
     Attributes:
         real: Real images, preprocessed.
         awkward: Black, white, noise: what no photograph reaches.
-        sources: Some of the real images as they were found, for the comparison from file bytes on.
-        end_to_end: (n, D) float32 embedding of ``sources`` by the training side alone.
+        crowd: Many more real images, the ones in ``real`` first.
+        sources: Image files as they were found: some of the real ones, then the built-in awkward ones.
+        names: A name for each of ``sources``.
+        end_to_end: What the training side gives for ``sources``, from the file on, by an implementation of decoding
+            and resizing that is not the one that is shipped; ``images`` are its pixels.
         described: Where the real images come from.
+        separation: Whether the encoder tells the real images apart.
         warnings: About the encoder itself, such as a collapse.
+        fault: Why nothing can be compared with this reference; empty when something can.
     """
 
     real: ImageSet
     awkward: ImageSet
+    crowd: ImageSet
     sources: list[ImageSource]
-    end_to_end: np.ndarray
+    names: list[str]
+    end_to_end: ImageSet
     described: str
-    warnings: tuple[str, ...]
+    separation: Separation
+    warnings: tuple[str, ...] = field(default=())
+    fault: str = ""
 
 
 def build_reference(
     checkpoint: LoadedCheckpoint, graph: EncoderGraph, preprocessing: Preprocessing, data: str | os.PathLike[str] | None
 ) -> Reference:
-    """Compute the reference in float32 and float64.
+    """Compute the reference: in float64, several times in float32, and from the image files on.
 
     Raises:
         DataError: ``data`` holds no usable image.
     """
     import torch
 
-    sources, described = real_images(data, preprocessing)
-    images = preprocessing.batch(sources)
-    doubled = graph.doubled()
-    sets = []
-    warnings: list[str] = []
-    for name, batch, multiple in (
-        ("real images", images, NOISE_MULTIPLE),
-        ("awkward images", awkward_images(preprocessing.size_px), AWKWARD_MULTIPLE),
-    ):
-        single = graph.run(batch)
+    from byol_deploy.training.evaluation_path import reference_pixels, reference_tensor
+    from byol_deploy.training.statistics import batch_norm_check
+
+    found, described = real_images(data, preprocessing, CROWD)
+    crowd_images = preprocessing.batch(found)
+    count = min(REAL_IMAGES, len(found))
+    built_in = {name: content for name, content in awkward_files().items() if _fits(content, preprocessing)}
+    users = min(_USERS_FILES, count)
+    sources: list[ImageSource] = [*found[:users], *built_in.values()]
+    names = [*(describe(source) for source in found[:users]), *built_in]
+    pixels = np.stack([reference_pixels(source, preprocessing) for source in built_in.values()])
+
+    crowd_expected = graph.run(crowd_images, _BATCH)
+    noise = _Noise(
+        graph,
+        np.concatenate([crowd_images[:count], synthetic_images(preprocessing.size_px), pixels]),
+        {name: distance_apart(as_rows(values)) for name, values in crowd_expected.items()},
+    )
+    warnings = [noise.blind] if noise.blind else []
+    first, second = count, count + len(SYNTHETIC)
+    real = noise.image_set("real images", range(count))
+    told = noise.told(range(first, len(noise.images)))
+    awkward_names = [*SYNTHETIC, *built_in]
+    left = [name for place, name in enumerate(awkward_names, first) if place not in told]
+    if left:
+        warnings.append(
+            f"left out of the awkward images: {', '.join(left)}; the model's own float32 noise there is up to "
+            f"{noise.largest(range(first, len(noise.images))):.1%} of the output, so nothing can be compared"
+        )
+    awkward = noise.image_set("awkward images", [place for place in told if place < second], different=False)
+
+    # The training side on its own: the checkpoint's model, a second implementation of everything before it.
+    kept = [*range(users), *(place for place in told if place >= second)]
+    at = [place if place < count else place - second + users for place in kept]
+    chosen = [sources[place] for place in at]
+    with torch.inference_mode():
+        tensors = torch.stack([reference_tensor(source, preprocessing) for source in chosen])
+        values = dict(zip(("embedding", "projection", "prediction"), checkpoint.model.online()(tensors), strict=True))
+    end_to_end = ImageSet(
+        "from the image files on",
+        np.stack([reference_pixels(source, preprocessing) for source in chosen]),
+        {name: values[name].numpy() for name in graph.outputs},
+        {name: limit.subset(kept) for name, limit in noise.limits.items()},
+        different=False,
+    )
+
+    crowd = ImageSet(
+        f"{len(found)} real images",
+        crowd_images,
+        crowd_expected,
+        # Their own noise is not known: the largest of the images for which it is.
+        {name: replace(limit, each=()) for name, limit in real.limits.items()},
+    )
+    apart = separation(next(iter(crowd.expected.values())), noise_rel_l2=next(iter(real.limits.values())).noise_rel_l2)
+    warnings += apart.warnings
+    if len(found) < GOLDEN_CASES:
+        warnings.append(f"only {len(found)} different real images were compared; {GOLDEN_CASES} or more say more")
+    warnings += batch_norm_check(graph, crowd_images).warnings
+    fault = unsteady(real.expected, graph.run(real.images), real.limits)
+    return Reference(
+        real, awkward, crowd, chosen, [names[place] for place in at], end_to_end, described, apart,
+        tuple(dict.fromkeys(warnings)), fault,
+    )  # fmt: skip
+
+
+class _Noise:
+    """The reference for some images in float64, in float32, and in float32 with other rounding."""
+
+    def __init__(self, graph: EncoderGraph, images: np.ndarray, apart: Mapping[str, float | None]) -> None:
+        self.images = images
+        self.blind = ""
+        # An upright image and the same one stored lying on its side are one image here: float64 is slow.
+        _, first, place = np.unique(images.reshape(len(images), -1), axis=0, return_index=True, return_inverse=True)
+        once, back = images[first], place.ravel()
+        draws = [graph.run(once)]
         double = None
         try:
-            double = doubled.run(batch)
+            double = graph.doubled().run(once, _BATCH)
+            draws += [other.run(once, _BATCH) for other in rounded_otherwise(graph)]
         except (RuntimeError, NotImplementedError, TypeError) as error:
             # A backbone that fixes float32 somewhere inside.
-            warnings.append(f"the model cannot compute in float64 ({first_line(error)}); limits are fixed numbers")
-        if double is not None and name == "awkward images":
-            # Far from every photograph a deep network can be chaotic: there float32 does not determine the output at
-            # all, and no correct runtime could agree with PyTorch. Real images are never left out.
-            noise = image_noise(single, double)
-            told = noise <= CHAOS_REL_L2
-            if not told.all():
-                names = ", ".join(AWKWARD[place] for place in np.flatnonzero(~told))
-                warnings.append(
-                    f"left out of the awkward images: {names}; the model's own float32 noise there is "
-                    f"{float(noise.max()):.1%} of the output, so nothing can be compared"
-                )
-                batch = batch[told]
-                single, double = ({key: values[told] for key, values in part.items()} for part in (single, double))
-        sets.append(ImageSet(name, batch, single, derive_limits(single, double, multiple=multiple)))
-    real, awkward = sets
-    if "embedding" in real.expected:
-        floor = real.limits["embedding"].noise_rel_l2
-        warnings += separation(real.expected["embedding"], noise_rel_l2=floor).warnings
-    if len(images) < GOLDEN_CASES:
-        warnings.append(f"only {len(images)} different real images were compared; {GOLDEN_CASES} or more say more")
-    # The training side on its own: the checkpoint's model and NumPy's normalisation, not the graph that is exported.
-    chosen = sources[:_FILES_END_TO_END]
-    with torch.inference_mode():
-        embedding = checkpoint.model.online()(torch.from_numpy(preprocessing.normalize(preprocessing.batch(chosen))))[0]
-    return Reference(real, awkward, chosen, embedding.numpy(), described, tuple(dict.fromkeys(warnings)))
+            self.blind = f"the model cannot compute in float64 ({first_line(error)}); limits are fixed numbers"
+        self.single = {name: values[back] for name, values in draws[0].items()}
+        self.noise = np.zeros(len(images)) if double is None else image_noise(draws, double)[back]
+        self.limits = {
+            name: replace(limit.subset(back.tolist()), apart=apart[name])
+            for name, limit in derive_limits(draws, double).items()
+        }
+
+    def told(self, places: Sequence[int]) -> list[int]:
+        """The images on which float32 determines the output.
+
+        Far from every photograph a deep network can be chaotic: there float32 does not determine the output at all,
+        and no correct runtime could agree with PyTorch. Real images are never left out.
+        """
+        return [place for place in places if self.noise[place] <= CHAOS_REL_L2]
+
+    def largest(self, places: Sequence[int]) -> float:
+        """The largest noise on these images."""
+        return float(self.noise[list(places)].max())
+
+    def image_set(self, name: str, places: Sequence[int], *, different: bool = True) -> ImageSet:
+        """Some of the images with their own limits."""
+        chosen = list(places)
+        return ImageSet(
+            name,
+            self.images[chosen],
+            {output: values[chosen] for output, values in self.single.items()},
+            {output: limit.subset(chosen) for output, limit in self.limits.items()},
+            different,
+        )
+
+
+def rounded_otherwise(graph: EncoderGraph) -> list[EncoderGraph]:
+    """Copies of a graph that compute the same in exact arithmetic, or nearly so, and round otherwise in float32.
+
+    One has its memory laid out with channels last, which calls other kernels; in one, half of the parameters are moved
+    by one unit in the last place, which is what folding batch norm into a convolution does to them.
+    """
+    import torch
+
+    last = copy.deepcopy(graph).to(memory_format=torch.channels_last)
+    nudged = copy.deepcopy(graph)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in nudged.state_dict().items():
+            if tensor.is_floating_point() and not name.startswith("preprocessing."):
+                draw = torch.rand(tensor.shape, generator=generator)
+                moved = torch.nextafter(tensor, torch.where(draw < 0.25, -torch.inf, torch.inf))
+                tensor.copy_(torch.where(draw < 0.5, moved, tensor))
+    return [last, nudged]
+
+
+def _fits(content: bytes, preprocessing: Preprocessing) -> bool:
+    """Whether the contract takes this image at all: it refuses extreme aspects at very large sizes."""
+    try:
+        preprocessing(content)
+    except DataError:
+        return False
+    return True
 
 
 def real_images(
@@ -171,8 +286,8 @@ def real_images(
     return chosen, f"{len(chosen)} of {described}"
 
 
-def awkward_images(size_px: int) -> np.ndarray:
-    """(5, size_px, size_px, 3) uint8, in the order of :data:`AWKWARD`; the checkerboard has single pixels."""
+def synthetic_images(size_px: int) -> np.ndarray:
+    """(5, size_px, size_px, 3) uint8, in the order of :data:`SYNTHETIC`; the checkerboard has single pixels."""
     random = np.random.default_rng(20_06_07733)
     shape = (size_px, size_px, 3)
     board = (np.indices(shape[:2]).sum(axis=0) % 2 * 255).astype(np.uint8)
@@ -187,10 +302,13 @@ def awkward_images(size_px: int) -> np.ndarray:
     )
 
 
-def choose_golden(reference: Reference, count: int = GOLDEN_CASES) -> Golden:
+def choose_golden(reference: Reference, count: int = GOLDEN_CASES) -> tuple[Golden, dict[str, Limit]]:
     """The golden cases: real images that the encoder holds far apart, so that mixed-up outputs cannot pass.
 
     Farthest-point sampling on the first output, starting from the first image.
+
+    Returns:
+        The cases, and for each output what a file may differ by on them.
     """
     real = reference.real
     vectors = next(iter(real.expected.values())).astype(np.float64)
@@ -201,10 +319,5 @@ def choose_golden(reference: Reference, count: int = GOLDEN_CASES) -> Golden:
         distance = np.minimum(distance, np.linalg.norm(vectors - vectors[chosen[-1]], axis=1))
         distance[chosen] = -1.0
         chosen.append(int(distance.argmax()))
-    return Golden(real.images[chosen], {name: values[chosen] for name, values in real.expected.items()})
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line for a person."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    golden = Golden(real.images[chosen], {name: values[chosen] for name, values in real.expected.items()})
+    return golden, {name: limit.subset(chosen) for name, limit in real.limits.items()}

@@ -12,9 +12,9 @@ from byol_deploy import formats
 from byol_deploy.bundle import Bundle, Golden, Manifest, read_carried
 from byol_deploy.errors import BundleError, ProviderError, UsageError
 from byol_deploy.images import printable
-from byol_deploy.parity import ParityReport
+from byol_deploy.parity import ParityReport, first_line
 from byol_deploy.pipeline.proof import compare_file, momentum_tensors, prove_branch
-from byol_deploy.pipeline.reference import build_reference, first_line
+from byol_deploy.pipeline.reference import build_reference
 from byol_deploy.selftest import check_golden
 
 Say = Callable[[str], None]
