@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from byol_deploy.parity import FEWEST_FOR_NEIGHBOURS
+
+
+CROWDED = 0.95
+"""Mean cosine between different images above which embeddings are called crowded."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,22 @@ class Separation:
     cosine_max: float
     effective_rank: float
     warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One sentence for a person."""
+        if math.isnan(self.cosine_mean):
+            return self.warnings[0]
+        return (
+            f"the encoder holds {self.n} different images apart with a mean cosine of {self.cosine_mean:.3f} (largest "
+            f"{self.cosine_max:.4f}) and an effective rank of {self.effective_rank:.1f}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; numbers that are not finite become None."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in (vars(self) | {"warnings": list(self.warnings)}).items()
+        }
 
 
 def separation(embedding: np.ndarray, *, noise_rel_l2: float = 0.0) -> Separation:
@@ -62,7 +83,12 @@ def separation(embedding: np.ndarray, *, noise_rel_l2: float = 0.0) -> Separatio
             "embeddings are nearly one point; the file computes what was trained, but what was trained tells no "
             "images apart"
         )
-    elif n >= FEWEST_FOR_NEIGHBOURS and rank < 2.0:
+    elif mean > CROWDED:
+        warnings.append(
+            f"the embeddings are crowded: the mean cosine between {n} different images is {mean:.3f}, so a plain "
+            "cosine says little about likeness; subtract the mean embedding first"
+        )
+    if not alike and 0.0 < rank < 2.0 and n >= FEWEST_FOR_NEIGHBOURS:
         warnings.append(
             f"the encoder has nearly collapsed: the embeddings of {n} different images vary along one direction only "
             f"(effective rank {rank:.2f})"

@@ -9,7 +9,7 @@ import numpy as np
 
 from byol_deploy import Recipe
 from byol_deploy.pipeline.proof import prove_branch
-from byol_deploy.pipeline.reference import awkward_images, real_images
+from byol_deploy.pipeline.reference import real_images, synthetic_images
 
 
 def test_prove_branch_looks_at_values_and_names() -> None:
@@ -45,8 +45,8 @@ def test_real_images_are_different_and_the_same_each_time(fashion: Path, tmp_pat
     assert len(real_images(tmp_path, preprocessing)[0]) == 1
 
 
-def test_awkward_images() -> None:
-    batch = awkward_images(9)
+def test_synthetic_images() -> None:
+    batch = synthetic_images(9)
     assert batch.shape == (5, 9, 9, 3)
     assert (batch[0].max(), batch[1].min()) == (0, 255)
     assert len({image.tobytes() for image in batch}) == 5

@@ -29,10 +29,12 @@ from byol_deploy.bundle import (
     carry,
     golden_to_bytes,
     publish,
+    seal_artefact,
     sha256_file,
 )
 from byol_deploy.errors import ExportError, OutputError, ParityError, UsageError
 from byol_deploy.formats import Format, RunOptions, Signature
+from byol_deploy.host import describe_host
 from byol_deploy.images import printable
 from byol_deploy.parity import Limit, ParityReport
 from byol_deploy.pipeline.proof import BranchProof, compare_file, few, momentum_tensors, prove_branch
@@ -112,7 +114,7 @@ def export(
         say(f"comparing on {reference.described}{'' if data else ' (name your own with --data)'}")
         golden, limits = choose_golden(reference)
         manifest = describe_export(loaded, graph, preprocessing, reference, limits, label)
-        carried = carry(manifest, golden)
+        carried = carry(manifest, golden, sealed=True)
         signature = _signature(graph, opset)
         artefacts = []
         failures = []
@@ -123,6 +125,9 @@ def export(
                 further = format.export(graph, signature, path, carried)
             except ExportError as error:
                 raise ExportError(f"{label} cannot be exported to {format.name}: {error}") from error
+            host = describe_host(runtime=format.runs_with[0])
+            # The last thing that is done to a file: what is compared and published is what lies there now.
+            seal_artefact(path, format, "fp32", host, tuple(item.name for item in further))
             say(f"comparing {path.name}, as written, with PyTorch")
             report, proof = _prove(path, format, graph, loaded, reference)
             artefacts.append(_artefact(path, further, format, report, reference, proof))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from byol_deploy.awkward import awkward_files
-from byol_deploy.bundle import Golden
 from byol_deploy.errors import DataError
+from byol_deploy.golden import Golden, pixels_hash
 from byol_deploy.images import BadImages, ImageSource, describe, find_images
 from byol_deploy.parity import Limit, as_rows, derive_limits, distance_apart, first_line, image_noise, unsteady
 from byol_deploy.preprocess import Preprocessing
@@ -35,7 +35,13 @@ GOLDEN_CASES = 8
 SYNTHETIC = ("black", "white", "noise", "dark noise", "checkerboard")
 CHAOS_REL_L2 = 1e-3
 """An awkward image on which the reference's own noise is above this is left out, and the report says so."""
+GOLDEN_FILES = (
+    "rgb-large.png", "crop-41x32.png", "exif-6.png", "exif-8.jpg", "progressive.jpg", "cmyk.jpg", "grey16.png",
+    "rgba.png", "palette-alpha.png", "97x3.png",
+)  # fmt: skip
+"""The awkward files that travel with an export, 30 kB: they test a device's own decoder and preprocessing."""
 _USERS_FILES = 8
+_FOR_STATISTICS = 32
 _BATCH = 16
 
 
@@ -155,7 +161,7 @@ def build_reference(
     warnings += apart.warnings
     if len(found) < GOLDEN_CASES:
         warnings.append(f"only {len(found)} different real images were compared; {GOLDEN_CASES} or more say more")
-    warnings += batch_norm_check(graph, crowd_images).warnings
+    warnings += batch_norm_check(graph, crowd_images[:_FOR_STATISTICS]).warnings
     fault = unsteady(real.expected, graph.run(real.images), real.limits)
     return Reference(
         real, awkward, crowd, chosen, [names[place] for place in at], end_to_end, described, apart,
@@ -305,7 +311,7 @@ def synthetic_images(size_px: int) -> np.ndarray:
 def choose_golden(reference: Reference, count: int = GOLDEN_CASES) -> tuple[Golden, dict[str, Limit]]:
     """The golden cases: real images that the encoder holds far apart, so that mixed-up outputs cannot pass.
 
-    Farthest-point sampling on the first output, starting from the first image.
+    Farthest-point sampling on the first output, starting from the first image. Beside them some awkward image files.
 
     Returns:
         The cases, and for each output what a file may differ by on them.
@@ -319,5 +325,13 @@ def choose_golden(reference: Reference, count: int = GOLDEN_CASES) -> tuple[Gold
         distance = np.minimum(distance, np.linalg.norm(vectors - vectors[chosen[-1]], axis=1))
         distance[chosen] = -1.0
         chosen.append(int(distance.argmax()))
-    golden = Golden(real.images[chosen], {name: values[chosen] for name, values in real.expected.items()})
+    places = [place for place, name in enumerate(reference.names) if name in GOLDEN_FILES]
+    whole = reference.end_to_end
+    golden = Golden(
+        real.images[chosen],
+        {name: values[chosen] for name, values in real.expected.items()},
+        {reference.names[place]: awkward_files()[reference.names[place]] for place in places},
+        {reference.names[place]: pixels_hash(whole.images[place]) for place in places},
+        {name: values[places] for name, values in whole.expected.items()} if places else {},
+    )
     return golden, {name: limit.subset(chosen) for name, limit in real.limits.items()}
