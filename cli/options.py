@@ -12,3 +12,20 @@ BackboneOption = Annotated[
 TrustBackboneOption = Annotated[
     bool, typer.Option("--trust-backbone", help="Import the checkpoint's own module:callable backbone.")
 ]
+
+
+def three_numbers(option: str, text: str | None) -> tuple[float, float, float] | None:
+    """``0.485,0.456,0.406`` as numbers; None stays None.
+
+    Raises:
+        UsageError: It is not three numbers with commas.
+    """
+    from ..errors import UsageError
+
+    if text is None:
+        return None
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}; use three numbers with commas, e.g. 0.485,0.456,0.406") from None
+    return red, green, blue

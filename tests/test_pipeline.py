@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from byol_deploy import Bundle, Encoder, Recipe, export, formats, verify
+from byol_deploy.awkward import awkward_files
+from byol_deploy.cores import usable_cores
 from byol_deploy.errors import BundleError, DataError, ExportError, OutputError, ParityError, ProviderError, UsageError
+from byol_deploy.pipeline import reference
+from byol_deploy.pipeline.reference import SYNTHETIC
 from byol_deploy.training.checkpoints import build_model, load_checkpoint
 
 RECIPE = Recipe().with_overrides(
@@ -90,7 +94,13 @@ def test_the_bundle_says_what_was_exported(bundle: Path, checkpoint: Path) -> No
     for artefact in opened.manifest.artefacts:
         assert artefact.parity["passed"] is True
         subjects = {row["subject"] for row in artefact.parity["rows"]}
-        assert len(subjects) == 7, "real and awkward images at batch 1, 2 and 7, and from the files on"
+        named = {subject.removeprefix(f"{artefact.file}, ") for subject in subjects}
+        assert named - {"real images, 1 thread, batch 7"} == {
+            "real images, batch 1", "real images, batch 2", "real images, batch 3", "real images, batch 7",
+            "real images, optimisation none, batch 7", "awkward images, batch 1", "awkward images, batch 7",
+            "128 real images, batch 32", "from the image files on",
+        }  # fmt: skip
+        assert ("real images, 1 thread, batch 7" in named) == (usable_cores() > 1)
 
 
 def test_no_momentum_tensor_is_in_any_file(bundle: Path, checkpoint: Path) -> None:
@@ -318,36 +328,59 @@ def test_an_exporter_that_fails_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_collapsed_encoder_is_exported_with_a_loud_warning(tmp_path: Path) -> None:
+def collapsing(scale: float) -> Callable[[Any], None]:
     def collapse(model: Any) -> None:
         for parameter in model.backbone.layer4.parameters():
-            parameter.mul_(1e-4)
+            parameter.mul_(scale)
         model.backbone.layer4[0].bn2.bias.fill_(1.0)
 
+    return collapse
+
+
+def test_an_encoder_that_is_nearly_one_point_is_exported_with_a_loud_warning(tmp_path: Path) -> None:
     said: list[str] = []
-    path = write_checkpoint(tmp_path / "collapsed.ckpt", change=collapse)
+    path = write_checkpoint(tmp_path / "collapsed.ckpt", change=collapsing(0.05))
     got = export(path, formats=["torchscript"], out=tmp_path / "bundle", say=said.append)
-    (warning,) = got.manifest.artefacts[0].parity["warnings"]
-    assert "collapsed" in warning
+    (warning,) = (text for text in got.manifest.artefacts[0].parity["warnings"] if "collapsed" in text)
     assert any("WARNING the encoder has collapsed" in line for line in said)
+    report = verify(got.path, against=path)
+    assert report.passed
+    assert report.text().startswith("PASS with warnings")
+    assert warning in report.text()
 
 
-@pytest.mark.parametrize(("told", "count"), [([True, False, True, True, True], 4), ([False] * 5, 0)])
+def test_an_encoder_that_is_one_point_cannot_be_compared(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "collapsed.ckpt", change=collapsing(1e-4))
+    with pytest.raises(ParityError, match="same vector for all 16 images: a constant output, a collapsed encoder"):
+        export(path, formats=["torchscript"], out=tmp_path / "bundle")
+    assert [item.name for item in tmp_path.iterdir()] == ["collapsed.ckpt"]
+
+
+@pytest.mark.parametrize("chaotic", [("white", "rgba.png"), SYNTHETIC])
 def test_awkward_images_that_float32_does_not_determine(
-    told: list[bool], count: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chaotic: tuple[str, ...], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from byol_deploy.pipeline import reference
+    whole = reference._Noise.told
 
-    monkeypatch.setattr(reference, "image_noise", lambda single, double: np.where(told, 1e-7, 0.4))
+    def told(self: Any, places: Any) -> list[int]:
+        first = len(self.images) - len(SYNTHETIC) - len(awkward_files())
+        names = dict(enumerate([*SYNTHETIC, *awkward_files()], first))
+        return [place for place in whole(self, places) if names[place] not in chaotic]
+
+    monkeypatch.setattr(reference._Noise, "told", told)
     options: dict[str, Any] = {"formats": ["torchscript"], "outputs": ["embedding"], "out": tmp_path / "bundle"}
-    if count == 0:
+    if chaotic == SYNTHETIC:
         with pytest.raises(ParityError, match="not comparable"):
             export(checkpoint, **options)
         return
-    parity = export(checkpoint, **options).manifest.artefacts[0].parity
-    (warning,) = parity["warnings"]
-    assert "left out of the awkward images: white;" in warning
-    assert {row["n"] for row in parity["rows"] if "awkward" in row["subject"]} == {count}
+    got = export(checkpoint, **options)
+    parity = got.manifest.artefacts[0].parity
+    (warning,) = (text for text in parity["warnings"] if "left out" in text)
+    assert "left out of the awkward images: white, rgba.png;" in warning
+    assert {row["n"] for row in parity["rows"] if "awkward" in row["subject"]} == {4}
+    assert {row["n"] for row in parity["rows"] if "files on" in row["subject"]} == {8 + len(awkward_files()) - 1}
+    assert "rgba.png" not in got.golden.files
+    assert "exif-6.png" in got.golden.files
 
 
 # --- wrong use ---

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from byol_deploy import formats
-from byol_deploy.bundle import Bundle, Golden, Manifest, read_carried
+from byol_deploy.bundle import CARRIED_MANIFEST_KEY, Bundle, Golden, Manifest, read_artefact, read_carried
 from byol_deploy.errors import BundleError, ProviderError, UsageError
 from byol_deploy.images import printable
-from byol_deploy.parity import ParityReport, first_line
+from byol_deploy.parity import ParityReport
+from byol_deploy.pipeline.explaining import Explanation
 from byol_deploy.pipeline.proof import compare_file, momentum_tensors, prove_branch
 from byol_deploy.pipeline.reference import build_reference
-from byol_deploy.selftest import check_golden
+from byol_deploy.selftest import check_content, self_test_file
+from byol_deploy.separation import Separation
 
 Say = Callable[[str], None]
 
@@ -39,6 +41,9 @@ class ArtefactVerdict:
         status: ``passed``, ``failed``, or ``not run`` (then ``reason`` says why; that is never a pass).
         reason: Why it was not run, or what failed besides the comparison.
         parity: The comparison; None when it was not run.
+        precision: What the file promises: "fp32", "fp16", "bf16" or "int8".
+        notes: Where it ran, and what is different from where it was exported.
+        explanation: The drift along the graph; only where it was asked for.
     """
 
     file: str
@@ -46,10 +51,27 @@ class ArtefactVerdict:
     status: Literal["passed", "failed", "not run"]
     reason: str = ""
     parity: ParityReport | None = None
+    precision: str = "fp32"
+    notes: tuple[str, ...] = ()
+    explanation: Explanation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**vars(self), "parity": None if self.parity is None else self.parity.to_dict()}
+        return {
+            **vars(self),
+            "notes": list(self.notes),
+            "parity": None if self.parity is None else self.parity.to_dict(),
+            "explanation": None if self.explanation is None else self.explanation.to_dict(),
+        }
+
+    def text(self) -> str:
+        """The verdict for a person."""
+        what = self.format if self.precision == "fp32" else f"{self.format}, {self.precision}"
+        lines = [f"{self.file} ({what}): {_SHOWN[self.status]}{f': {self.reason}' if self.reason else ''}"]
+        lines += [self.parity.table()] if self.parity is not None and self.parity.rows else []
+        lines += self.notes
+        lines += ["", self.explanation.text()] if self.explanation is not None else []
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,7 @@ class VerifyReport:
         checks: Further checks; only with a checkpoint.
         warnings: What a reader should know although it is no difference.
         images: What it was compared on.
+        separation: Whether the encoder tells the images apart; only with a checkpoint.
     """
 
     path: str
@@ -69,6 +92,7 @@ class VerifyReport:
     checks: tuple[Check, ...] = ()
     warnings: tuple[str, ...] = ()
     images: str = ""
+    separation: Separation | None = None
 
     @property
     def passed(self) -> bool:
@@ -76,32 +100,50 @@ class VerifyReport:
         states = [artefact.status for artefact in self.artefacts]
         return "passed" in states and "failed" not in states and all(check.passed for check in self.checks)
 
+    @property
+    def verdict(self) -> str:
+        """``PASS``, ``PASS with warnings`` or ``FAIL``."""
+        if not self.passed:
+            return "FAIL"
+        return "PASS with warnings" if self.warnings else "PASS"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "path": self.path,
             "passed": self.passed,
+            "verdict": self.verdict,
             "artefacts": [artefact.to_dict() for artefact in self.artefacts],
             "checks": [vars(check).copy() for check in self.checks],
             "warnings": list(self.warnings),
             "images": self.images,
+            "separation": None if self.separation is None else self.separation.to_dict(),
         }
 
     def text(self) -> str:
         """The verdict for a person, PASS or FAIL in the first line."""
         on = f" (compared on {self.images})" if self.images else ""
-        lines = [f"{'PASS' if self.passed else 'FAIL'} {self.path}{on}"]
+        lines = [f"{self.verdict} {self.path}{on}"]
         for check in self.checks:
             lines += ["", f"{check.name}: {'PASS' if check.passed else 'FAIL'}: {check.detail}"]
         for artefact in self.artefacts:
-            note = f": {artefact.reason}" if artefact.reason else ""
-            lines += ["", f"{artefact.file} ({artefact.format}): {_SHOWN[artefact.status]}{note}"]
-            lines += [artefact.parity.table()] if artefact.parity is not None and artefact.parity.rows else []
+            lines += ["", artefact.text()]
+        lines += ["", str(self.separation)] if self.separation is not None else []
         lines += ["", *(f"WARNING {warning}" for warning in self.warnings)] if self.warnings else []
         return "\n".join(lines)
 
 
 _SHOWN = {"passed": "PASS", "failed": "FAIL", "not run": "NOT RUN HERE"}
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file of what is verified. ``format`` is None where this version does not know it."""
+
+    path: Path
+    format: formats.Format | None
+    name: str
+    precision: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +152,17 @@ class _Opened:
 
     manifest: Manifest
     golden: Golden
-    files: list[tuple[Path, formats.Format | None, str]]
+    files: list[_File]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a judge found out about one file. ``reason`` is what failed besides the comparison."""
+
+    parity: ParityReport
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+    explanation: Explanation | None = None
 
 
 def verify(
@@ -122,22 +174,34 @@ def verify(
     threads: int | None = None,
     backbone: str | None = None,
     trust_backbone: bool = False,
+    explain: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     say: Say | None = None,
 ) -> VerifyReport:
     """Does this bundle or file still compute what was trained?
 
     Without ``against``: the golden cases that it carries, for every file whose runtime is installed; PyTorch is not
     needed for ONNX. With ``against``: the full comparison with a checkpoint, including whether it holds exactly that
-    checkpoint's online parameters.
+    checkpoint's online parameters. An ONNX file that byol-deploy did not write is compared with the PyTorch module
+    that ``against`` names as ``module:callable``.
 
     Args:
-        path: A bundle, or a lone file that byol-deploy wrote.
-        against: A checkpoint or run directory.
+        path: A bundle, or a lone file.
+        against: A checkpoint or run directory; ``module:callable`` for a file from elsewhere.
         data: Real images for the comparison with ``against``.
         provider: Where the files run: ``cpu``, ``cuda``, ``auto``, or a runtime's own name of a provider.
         threads: Threads inside an operator; None takes what this process may use.
         backbone: For a checkpoint that does not say what its backbone is.
         trust_backbone: Import the recipe's own ``module:callable`` backbone.
+        explain: A folder, made anew, for the drift along the graph of every file: a plot, and where a file leaves its
+            budget the layer at fault alone, as a minimal case to reproduce. Needs ``against``.
+        report: An HTML file to write, see :mod:`byol_deploy.report`. Needs ``against``.
+        image_size: Side in pixels, for a file from elsewhere that leaves it open.
+        mean: Mean of the channels, for a file from elsewhere that takes normalised images; None is ImageNet's.
+        std: Their standard deviation.
         say: Called with a line of progress now and then.
 
     Returns:
@@ -146,28 +210,45 @@ def verify(
     Raises:
         BundleError: Absent, damaged, foreign, or from a newer schema.
         CheckpointError, DataError, UsageError: With ``against``.
+        OutputError: ``explain`` or ``report`` cannot be written.
         ProviderError: No file could run on the provider.
     """
-    if data is not None and against is None:
-        raise UsageError("--data needs --against CHECKPOINT: without it only the golden cases are compared")
-    options = formats.RunOptions(provider, threads)
+    say = say or (lambda line: None)
+    given = {"--data": data, "--explain": explain, "--report": report}
+    if against is None and any(value is not None for value in given.values()):
+        names = " and ".join(name for name, value in given.items() if value is not None)
+        raise UsageError(f"{names} needs --against: without it only the golden cases are compared")
+    if against is not None and _is_foreign(path):
+        from byol_deploy.pipeline.foreign import verify_foreign
+
+        if explain is not None or report is not None:
+            raise UsageError("--explain and --report are for files of byol-deploy; leave them out")
+        return verify_foreign(path, against=os.fspath(against), data=data, image_size=image_size, mean=mean, std=std,
+                              provider=provider, threads=threads, say=say)  # fmt: skip
     opened = _open(path)
+    options = formats.RunOptions(provider, threads)
     shown = printable(path)
-    if against is None:
+    if against is not None:
+        return _verify_against(
+            shown, opened, against, data, options, backbone, trust_backbone,
+            None if explain is None else Path(explain), None if report is None else Path(report), say,
+        )  # fmt: skip
 
-        def golden_cases(file: Path, format: formats.Format) -> tuple[ParityReport, str]:
-            run = format.load(file, options)
-            try:
-                return check_golden(run, opened.manifest, opened.golden, subject=file.name), ""
-            except (BundleError, ProviderError):
-                raise
-            except Exception as error:
-                # The runtime's own words for a file that opens and cannot compute.
-                return ParityReport(()), first_line(error)
+    def golden_cases(file: _File, format: formats.Format) -> _Judged:
+        found = self_test_file(file.path, format, options, opened.manifest, opened.golden)
+        ran = f"ran on {found.provider} with {found.threads} thread(s); {found.detail}"
+        notes = (ran, *(f"not as on the exporting machine: {difference}" for difference in found.differences))
+        return _Judged(found.report, found.reason, notes)
 
-        count = len(opened.golden.images)
-        return VerifyReport(shown, _each_file(opened, golden_cases), images=f"the {count} golden cases inside")
-    return _verify_against(shown, opened, against, data, options, backbone, trust_backbone, say or (lambda line: None))
+    count = len(opened.golden.images) + len(opened.golden.files)
+    return VerifyReport(shown, _each_file(opened, golden_cases), images=f"the {count} golden cases inside")
+
+
+def _is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a model file that byol-deploy did not write."""
+    root = Path(path)
+    format = formats.of_file(root) if root.is_file() else None
+    return format is not None and CARRIED_MANIFEST_KEY not in format.carried(root)
 
 
 def _open(path: str | os.PathLike[str]) -> _Opened:
@@ -176,7 +257,8 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
         bundle = Bundle.open(root)
         known = formats.available()
         return _Opened(bundle.manifest, bundle.golden, [
-            (root / entry.file, formats.get(entry.format) if entry.format in known else None, entry.format)
+            _File(root / entry.file, formats.get(entry.format) if entry.format in known else None, entry.format,
+                  entry.precision)
             for entry in bundle.manifest.artefacts
         ])  # fmt: skip
     if not root.is_file():
@@ -188,31 +270,33 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
     missing = formats.missing_to_run(format)
     if missing:
         raise BundleError(f"{printable(root)} cannot be verified here: {missing} is not installed")
-    manifest, golden = read_carried(format.carried(root), printable(root))
-    return _Opened(manifest, golden, [(root, format, format.name)])
+    texts = format.carried(root)
+    manifest, golden = read_carried(texts, printable(root))
+    sealed = read_artefact(texts, printable(root))
+    return _Opened(manifest, golden, [_File(root, format, format.name, sealed.precision if sealed else "fp32")])
 
 
-def _each_file(
-    opened: _Opened, judge: Callable[[Path, formats.Format], tuple[ParityReport, str]]
-) -> tuple[ArtefactVerdict, ...]:
+def _each_file(opened: _Opened, judge: Callable[[_File, formats.Format], _Judged]) -> tuple[ArtefactVerdict, ...]:
     verdicts: list[ArtefactVerdict] = []
     refusals: list[ProviderError] = []
-    for file, format, name in opened.files:
-        if format is None:
-            verdicts.append(ArtefactVerdict(file.name, name, "not run", "this version does not know the format"))
-            continue
-        missing = formats.missing_to_run(format)
-        if missing:
-            verdicts.append(ArtefactVerdict(file.name, name, "not run", f"{missing} is not installed"))
+    for file in opened.files:
+        name, precision = file.path.name, file.precision
+        missing = "" if file.format is None else formats.missing_to_run(file.format)
+        if file.format is None or missing:
+            why = f"{missing} is not installed" if missing else "this version does not know the format"
+            verdicts.append(ArtefactVerdict(name, file.name, "not run", why, precision=precision))
             continue
         try:
-            report, reason = judge(file, format)
+            found = judge(file, file.format)
         except ProviderError as error:
             refusals.append(error)
-            verdicts.append(ArtefactVerdict(file.name, name, "not run", str(error)))
+            verdicts.append(ArtefactVerdict(name, file.name, "not run", str(error), precision=precision))
             continue
-        passed = report.passed and not reason
-        verdicts.append(ArtefactVerdict(file.name, name, "passed" if passed else "failed", reason, report))
+        passed = found.parity.passed and not found.reason
+        verdicts.append(
+            ArtefactVerdict(name, file.name, "passed" if passed else "failed", found.reason, found.parity, precision,
+                            found.notes, found.explanation)
+        )  # fmt: skip
     if refusals and all(verdict.status == "not run" for verdict in verdicts):
         raise refusals[0]
     return tuple(verdicts)
@@ -226,6 +310,8 @@ def _verify_against(
     options: formats.RunOptions,
     backbone: str | None,
     trust_backbone: bool,
+    explain: Path | None,
+    report: Path | None,
     say: Say,
 ) -> VerifyReport:
     from byol_deploy.graph import OUTPUTS, EncoderGraph
@@ -261,11 +347,13 @@ def _verify_against(
     reference = build_reference(loaded, graph, trained, data)
     online, momentum = graph.tensors(), momentum_tensors(loaded)
 
-    def full(file: Path, format: formats.Format) -> tuple[ParityReport, str]:
-        say(f"comparing {file.name} with PyTorch")
-        report = compare_file(file, format, reference, options)
-        proof = prove_branch(format.tensors(file), online, momentum)
-        return report, "" if proof.passed else str(proof)
+    def full(file: _File, format: formats.Format) -> _Judged:
+        say(f"comparing {file.path.name} with PyTorch")
+        found = compare_file(file.path, format, reference, options, precision=file.precision)
+        proof = prove_branch(format.tensors(file.path), online, momentum, precision=file.precision)
+        content, detail = check_content(file.path, format, file.precision)
+        faults = [*proof.faults, *([detail] if content == "failed" else [])]
+        return _Judged(found, "; ".join(faults), (str(proof), detail))
 
     verdicts = _each_file(opened, full)
-    return VerifyReport(shown, verdicts, checks, reference.warnings, reference.described)
+    return VerifyReport(shown, verdicts, checks, reference.warnings, reference.described, reference.separation)
