@@ -13,10 +13,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 import encoders
+import torch
 from backbones import machine
+
 from byol_deploy.cores import usable_cores
 from faults import CASES, judge
 from faults.judges import OURS, Judges

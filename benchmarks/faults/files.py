@@ -78,7 +78,7 @@ def stale_statistics(subject: Subject, folder: Path) -> Made:
 
 
 def stale_resize(subject: Subject, folder: Path) -> Made:
-    """The graph is right; the contract that it carries says to resize to 8/7 and then crop, as ImageNet's recipes do."""
+    """The graph is right; the contract that it carries says to resize to 8/7 and then crop."""
     return _other_contract(subject, folder, resize_px=subject.graph.size_px * 8 // 7)
 
 

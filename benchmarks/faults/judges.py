@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from neighbour_rules import RULES, Rule, metric_kept
 
 from byol_deploy import formats, verify
 from byol_deploy.bundle import read_carried
@@ -16,7 +17,6 @@ from byol_deploy.formats import RunOptions
 from byol_deploy.images import find_images, labels_from_folders
 from faults.making import Compute, Made
 from faults.subject import Subject
-from neighbour_rules import RULES, Rule, metric_kept
 
 OURS = "byol-deploy"
 SELF_TEST = "byol-deploy self-test"

@@ -6,6 +6,7 @@ A broken runtime is the shipped one with one function replaced while the judges 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,12 @@ CASES = (
 def unoptimised(level: str) -> Patch:
     """ONNX Runtime with another level of graph optimisation."""
     good = runtime.create_session
+    signature = inspect.signature(good)
 
     def create(*args: Any, **options: Any) -> Any:
-        return good(*args, **{**options, "optimization": level})
+        asked = signature.bind(*args, **options)
+        asked.arguments["optimization"] = level
+        return good(*asked.args, **asked.kwargs)
 
     return lambda: mock.patch.object(runtime, "create_session", create)
 

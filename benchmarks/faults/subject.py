@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from byol_deploy import export, fit, formats
-from byol_deploy.bundle import CARRIED_GOLDEN_KEY, CARRIED_MANIFEST_KEY, carry, read_carried
+from byol_deploy.bundle import CARRIED_GOLDEN_KEY, CARRIED_MANIFEST_KEY, carry, read_carried, seal_artefact
 from byol_deploy.formats import Signature
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.images import find_images
@@ -130,14 +130,14 @@ class Subject:
 
 
 def seal(path: Path, precision: str = "fp32") -> None:
-    """Let a written file vouch for its content, as every pass of byol-deploy that writes a file does.
+    """Seal a written file, as every pass of byol-deploy that writes a file does.
 
-    A fault in a pass comes with a fresh seal; only a file that was damaged afterwards has a broken one.
+    A fault in a pass comes with a good seal; only a file that was changed afterwards has a broken one.
     """
     format = formats.of_file(path)
-    reseal = getattr(format, "seal", None)
-    if reseal is not None:
-        reseal(path, {})
+    assert format is not None
+    beside = path.with_name(f"{path.name}.data")
+    seal_artefact(path, format, precision, {}, (beside.name,) if beside.exists() else ())
 
 
 def carried_with(texts: Mapping[str, str], **changes: object) -> dict[str, str]:
@@ -146,4 +146,4 @@ def carried_with(texts: Mapping[str, str], **changes: object) -> dict[str, str]:
 
     manifest, golden = read_carried(texts, "the clean file")
     golden = changes.pop("golden", golden)  # type: ignore[assignment]
-    return {**texts, **carry(replace(manifest, **changes), golden)}  # type: ignore[arg-type]
+    return {**texts, **carry(replace(manifest, **changes), golden, sealed=True)}  # type: ignore[arg-type]

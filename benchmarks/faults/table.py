@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from faults.judges import OURS, SELF_TEST
 from neighbour_rules import RULES
+
+from faults.judges import OURS, SELF_TEST
 
 Row = dict[str, Any]
 """One case on one encoder, as in the JSON file."""
