@@ -8,8 +8,9 @@ A bundle is a folder::
     report.html         for a person
 
 A lone ONNX or TorchScript file carries the manifest (without the list of artefacts) and the golden cases in its
-metadata: :func:`carry` and :func:`read_carried`. Everything read here is data from a stranger: sizes are limited, no
-path leaves the folder, every hash is checked first, and nothing that is read can execute code.
+metadata: :func:`carry` and :func:`read_carried`; and, once it is sealed, a hash over everything in it, see
+:mod:`byol_deploy.sealing`. Everything read here is data from a stranger: sizes are limited, no path leaves the folder,
+every hash is checked first, and nothing that is read can execute code.
 """
 
 from __future__ import annotations
@@ -18,11 +19,8 @@ import base64
 import binascii
 import contextlib
 import hashlib
-import io
 import json
-import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ import numpy as np
 
 from byol_deploy.atomic import publish_folder
 from byol_deploy.errors import BundleError, OutputError
+from byol_deploy.golden import MAX_GOLDEN_BYTES, Golden, golden_from_bytes, golden_to_bytes
 from byol_deploy.images import printable
 from byol_deploy.manifest import (
     SCHEMA,
@@ -43,13 +42,25 @@ from byol_deploy.manifest import (
     Output,
     is_plain_path,
 )
+from byol_deploy.sealing import (
+    CARRIED_ARTEFACT_KEY,
+    CARRIED_GOLDEN_KEY,
+    CARRIED_MANIFEST_KEY,
+    PROMISE,
+    CarriedArtefact,
+    read_artefact,
+    seal_artefact,
+)
 
 __all__ = [
+    "CARRIED_ARTEFACT_KEY",
     "CARRIED_GOLDEN_KEY",
     "CARRIED_MANIFEST_KEY",
+    "MAX_GOLDEN_BYTES",
     "SCHEMA",
     "Artefact",
     "Bundle",
+    "CarriedArtefact",
     "ExtraFile",
     "Golden",
     "GoldenFile",
@@ -62,126 +73,38 @@ __all__ = [
     "golden_to_bytes",
     "parameter_hash",
     "publish",
+    "read_artefact",
     "read_carried",
+    "seal_artefact",
     "sha256_file",
 ]
 
 MANIFEST_FILE = "manifest.json"
 GOLDEN_FILE = "golden.npz"
 REPORT_FILE = "report.html"
-CARRIED_MANIFEST_KEY = "byol_deploy.manifest"
-CARRIED_GOLDEN_KEY = "byol_deploy.golden"
 
 MAX_MANIFEST_BYTES = 16 << 20
-MAX_GOLDEN_BYTES = 64 << 20
-MAX_GOLDEN_UNPACKED_BYTES = 256 << 20
 _EXPORT_AGAIN = "export it again with: byol-deploy export CHECKPOINT"
 
 
-@dataclass(frozen=True, eq=False)
-class Golden:
-    """A few real images and what the trained PyTorch model gives for them: a self-test that travels.
-
-    Attributes:
-        images: (n, H, W, 3) uint8 RGB, n at least 1, already preprocessed.
-        outputs: For each output its expected values, (n, D) float32, finite.
-
-    Raises:
-        ValueError: Another shape, type, or a value that is not finite.
-    """
-
-    images: np.ndarray
-    outputs: Mapping[str, np.ndarray]
-
-    def __post_init__(self) -> None:
-        images = self.images
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
-            raise ValueError(f"golden images are {images.shape} {images.dtype}; they must be (n, H, W, 3) uint8")
-        if not self.outputs:
-            raise ValueError("golden cases have no expected output")
-        for name, values in self.outputs.items():
-            if values.dtype != np.float32 or values.ndim != 2 or len(values) != len(images):
-                raise ValueError(
-                    f"golden output {name} is {values.shape} {values.dtype}; it must be ({len(images)}, D) float32"
-                )
-            if not np.isfinite(values).all():
-                raise ValueError(f"golden output {name} holds NaN or infinite values")
-
-
-def golden_to_bytes(golden: Golden) -> bytes:
-    """Pack golden cases as an npz file. Equal cases give equal bytes."""
-    packed = io.BytesIO()
-    arrays = {"images": golden.images, **{f"outputs.{name}": value for name, value in golden.outputs.items()}}
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in arrays.items():
-            member = io.BytesIO()
-            np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
-            # np.savez would write the current time into the archive.
-            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, member.getvalue())
-    return packed.getvalue()
-
-
-def golden_from_bytes(data: bytes) -> Golden:
-    """Read what :func:`golden_to_bytes` wrote, from a stranger: no pickle, and no more memory than the limits allow.
-
-    Raises:
-        BundleError: Not such a file, damaged, or larger than the limits.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    try:
-        if len(data) > MAX_GOLDEN_BYTES:
-            raise ValueError(f"it has {len(data)} bytes, more than the limit of {MAX_GOLDEN_BYTES}")
-        left = MAX_GOLDEN_UNPACKED_BYTES
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for entry in archive.infolist():
-                # The size in the directory may lie: what counts is what comes out.
-                with archive.open(entry) as member:
-                    content = member.read(left + 1)
-                if len(content) > left:
-                    raise ValueError(f"it unpacks to more than {MAX_GOLDEN_UNPACKED_BYTES} bytes")
-                left -= len(content)
-                arrays[entry.filename.removesuffix(".npy")] = _array(content, entry.filename)
-        outputs = {key.removeprefix("outputs."): value for key, value in arrays.items() if key.startswith("outputs.")}
-        if "images" not in arrays:
-            raise ValueError("it holds no images")
-        return Golden(images=arrays["images"], outputs=outputs)
-    except Exception as error:
-        # Malformed archives and headers make zipfile, its decompressors and NumPy's parser raise nearly anything.
-        raise BundleError(f"the golden cases are damaged: {error}; {_EXPORT_AGAIN}") from error
-
-
-def _array(content: bytes, name: str) -> np.ndarray:
-    """Parse one .npy member. NumPy's reader would allocate whatever size the header claims, so compare first."""
-    stream = io.BytesIO(content)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError(f"{name} has an unknown npy version")
-    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
-    body = content[stream.tell() :]
-    if by_columns or dtype not in (np.dtype("uint8"), np.dtype("<f4")):
-        raise ValueError(f"{name} has type {dtype}, which golden cases never have")
-    if len(shape) > 4 or math.prod(shape) * dtype.itemsize != len(body):
-        raise ValueError(f"{name} claims shape {shape} but holds {len(body)} bytes")
-    return np.frombuffer(body, dtype).reshape(shape)
-
-
-def carry(manifest: Manifest, golden: Golden) -> dict[str, str]:
+def carry(manifest: Manifest, golden: Golden, *, sealed: bool = False) -> dict[str, str]:
     """The metadata that makes a lone model file a complete, self-testing encoder.
 
     Args:
         manifest: Its artefacts are left out: a file cannot carry its own hash.
         golden: The golden cases, packed inside.
+        sealed: Promise that the file will carry a seal too (:func:`seal_artefact`). A file that promises one and
+            carries none is refused, so that a seal cannot get lost unnoticed.
 
     Returns:
         Text by key, for ONNX ``metadata_props`` and TorchScript extra files.
     """
     packed = golden_to_bytes(golden)
     entry = GoldenFile(file=GOLDEN_FILE, sha256=_sha256(packed), count=len(golden.images))
-    return {
-        CARRIED_MANIFEST_KEY: manifest.carried(entry).to_json(),
-        CARRIED_GOLDEN_KEY: base64.b64encode(packed).decode("ascii"),
-    }
+    text = manifest.carried(entry).to_json()
+    if sealed:
+        text = json.dumps(json.loads(text) | {PROMISE: True}, indent=1) + "\n"
+    return {CARRIED_MANIFEST_KEY: text, CARRIED_GOLDEN_KEY: base64.b64encode(packed).decode("ascii")}
 
 
 def read_carried(metadata: Mapping[str, str], name: str = "the file") -> tuple[Manifest, Golden]:
@@ -381,6 +304,8 @@ def _check_agreement(manifest: Manifest, golden: Golden, name: str) -> None:
             faults.append(f"output {output.name} has no golden cases")
         elif values.shape[1] != output.width:
             faults.append(f"golden {output.name} is {values.shape[1]} wide, the output is {output.width}")
+        if golden.files and output.name not in golden.file_outputs:
+            faults.append(f"output {output.name} has no golden cases from files")
     if faults:
         raise BundleError(f"{name} contradicts itself: {'; '.join(faults)}; {_EXPORT_AGAIN}")
 

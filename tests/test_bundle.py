@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from byol_deploy import bundle as bundle_module
+from byol_deploy import golden as golden_module
 from byol_deploy.bundle import (
     CARRIED_GOLDEN_KEY,
     CARRIED_MANIFEST_KEY,
@@ -327,12 +328,12 @@ def test_golden_cases_from_a_stranger(data: bytes, said: str) -> None:
 
 
 def test_a_zip_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "MAX_GOLDEN_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(golden_module, "MAX_GOLDEN_UNPACKED_BYTES", 1 << 20)
     bomb = packed(images=b"\0" * (8 << 20))
     assert len(bomb) < 1 << 16
     with pytest.raises(BundleError, match="unpacks to more than 1048576"):
         golden_from_bytes(bomb)
-    monkeypatch.setattr(bundle_module, "MAX_GOLDEN_BYTES", 100)
+    monkeypatch.setattr(golden_module, "MAX_GOLDEN_BYTES", 100)
     with pytest.raises(BundleError, match="more than the limit of 100"):
         golden_from_bytes(golden_to_bytes(cases()))
 

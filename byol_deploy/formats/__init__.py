@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from byol_deploy.errors import UsageError, require_packages
+from byol_deploy.formats._layers import Call, LayeredFile
 
 Run: TypeAlias = Callable[[np.ndarray], dict[str, np.ndarray]]
 """(N, H, W, 3) uint8 to output name → (N, D) float32, for any N."""
@@ -47,10 +48,12 @@ class RunOptions:
     Attributes:
         provider: ``cpu``, ``cuda``, ``auto``, or a name that the format's runtime knows.
         threads: Number of threads; None is the runtime's default.
+        optimization: Graph optimisation, one of the format's ``optimizations``; None is the runtime's default.
     """
 
     provider: str = "cpu"
     threads: int | None = None
+    optimization: str | None = None
 
 
 class Format(Protocol):
@@ -68,6 +71,9 @@ class Format(Protocol):
     """Packages that running a written file needs."""
     opens_in_encoder: bool
     """Whether :class:`byol_deploy.Encoder` opens it."""
+    optimizations: tuple[str, ...]
+    """Levels of graph optimisation that its runtime offers beside the default; what it computes must not depend on
+    them."""
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """Write ``graph`` (a torch module in evaluation mode) to ``path``.
@@ -93,6 +99,9 @@ class Format(Protocol):
             ProviderError: The provider is not there.
         """
 
+    def providers(self) -> tuple[str, ...]:
+        """Where its runtime really works on this machine, as in ``RunOptions.provider``; the default comes first."""
+
     def tensors(self, path: Path) -> dict[str, np.ndarray]:
         """Every tensor stored in a written file, by its name in the file."""
 
@@ -100,6 +109,44 @@ class Format(Protocol):
         """The texts that a written file carries; empty for a foreign one. Needs ``runs_with`` at most.
 
         Raises:
+            BundleError: It is damaged, or not of this format.
+        """
+
+    def layers(
+        self, path: Path, options: RunOptions, calls: Sequence[Call], slots: Sequence[np.ndarray], images: np.ndarray
+    ) -> LayeredFile:
+        """Open a written file so that its values inside can be read, and find which is which.
+
+        Args:
+            path: The file.
+            options: How it is run.
+            calls: The calls of the trained model's modules.
+            slots: The tensors that these took and gave for ``images``.
+            images: (1, H, W, 3) uint8. The file is run on it, to learn its shapes.
+
+        Raises:
+            BundleError: It is damaged, not of this format, or cannot be run.
+            ProviderError: The provider is not there.
+        """
+
+    def content_hash(self, path: Path) -> str:
+        """A hash over a written file and the files that belong to it, the carried texts left out.
+
+        Texts can be added (:meth:`seal`) after the hash is known. Together with hashes of the texts it covers every
+        byte of the file. Needs none of the format's packages.
+
+        Returns:
+            ``sha256:`` and 64 hexadecimal digits.
+
+        Raises:
+            BundleError: It is damaged, not of this format, or a file that belongs to it is missing.
+        """
+
+    def seal(self, path: Path, texts: Mapping[str, str]) -> None:
+        """Add carried texts to a written file and change nothing else: its :meth:`content_hash` stays the same.
+
+        Raises:
+            ValueError: A key is carried already.
             BundleError: It is damaged, or not of this format.
         """
 

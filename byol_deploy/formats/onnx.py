@@ -13,14 +13,15 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from byol_deploy.errors import BundleError, ExportError, UsageError
-from byol_deploy.formats import Run, RunOptions, Signature
+from byol_deploy.formats import Run, RunOptions, Signature, _onnx_file
+from byol_deploy.formats._layers import Call, LayeredFile
 
 DEFAULT_OPSET = 18
 """Read by every ONNX Runtime since 1.14 (2023)."""
@@ -44,6 +45,7 @@ class _Onnx:
     requires = ("torch", "onnx", "onnxscript", "onnxruntime")
     runs_with = ("onnxruntime",)
     opens_in_encoder = True
+    optimizations = ("none",)
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
@@ -63,7 +65,7 @@ class _Onnx:
         """See :meth:`byol_deploy.formats.Format.load`."""
         from byol_deploy.runtime import create_session
 
-        session = create_session(path, provider=options.provider, threads=options.threads)
+        session = create_session(path, options.provider, options.threads, options.optimization)
         outputs = [output.name for output in session.get_outputs()]
         inputs = [entry.name for entry in session.get_inputs()]
         if len(inputs) != 1:
@@ -73,6 +75,13 @@ class _Onnx:
             return dict(zip(outputs, session.run(outputs, {inputs[0]: images}), strict=True))
 
         return run
+
+    def providers(self) -> tuple[str, ...]:
+        """See :meth:`byol_deploy.formats.Format.providers`. Without those that would compile an engine for minutes."""
+        from byol_deploy.providers import CPU, NEVER_AUTOMATIC, short_name, working_providers
+
+        working = [name for name in working_providers() if name not in NEVER_AUTOMATIC and name != CPU]
+        return tuple(map(short_name, [CPU, *working]))
 
     def tensors(self, path: Path) -> dict[str, np.ndarray]:
         """See :meth:`byol_deploy.formats.Format.tensors`. Initialisers and constants, of sub-graphs too."""
@@ -96,11 +105,24 @@ class _Onnx:
         return found
 
     def carried(self, path: Path) -> dict[str, str]:
-        """See :meth:`byol_deploy.formats.Format.carried`. Read by ONNX Runtime: the package onnx is not needed."""
-        from byol_deploy.runtime import create_session
+        """See :meth:`byol_deploy.formats.Format.carried`. Read from the file's bytes, without a session."""
+        return _onnx_file.texts(path)
 
-        session = create_session(path, provider="cpu", threads=1)
-        return dict(session.get_modelmeta().custom_metadata_map)
+    def layers(
+        self, path: Path, options: RunOptions, calls: Sequence[Call], slots: Sequence[np.ndarray], images: np.ndarray
+    ) -> LayeredFile:
+        """See :meth:`byol_deploy.formats.Format.layers`."""
+        from byol_deploy.formats._onnx_layers import OnnxLayers
+
+        return OnnxLayers(path, options, calls, slots, images)
+
+    def content_hash(self, path: Path) -> str:
+        """See :meth:`byol_deploy.formats.Format.content_hash`. Neither the package onnx nor a session is needed."""
+        return _onnx_file.content_hash(path)
+
+    def seal(self, path: Path, texts: Mapping[str, str]) -> None:
+        """See :meth:`byol_deploy.formats.Format.seal`. Texts are appended; what lies before them stays."""
+        _onnx_file.append_texts(path, texts)
 
 
 def _trace(graph: Any, signature: Signature, opset: int) -> Any:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import numpy as np
 
 from byol_deploy.bundle import CARRIED_MANIFEST_KEY, read_carried
 from byol_deploy.errors import BundleError, ExportError, ProviderError
-from byol_deploy.formats import Run, RunOptions, Signature
+from byol_deploy.formats import Run, RunOptions, Signature, _torchscript_file
+from byol_deploy.formats._layers import Call, LayeredFile
 
 # Not a batch size that the parity check runs, and not 1, which broadcasts.
 _EXAMPLE_BATCH = 3
-_MAX_CARRIED_BYTES = 128 << 20
 
 
 class _TorchScript:
@@ -33,6 +32,7 @@ class _TorchScript:
     requires = ("torch",)
     runs_with = ("torch",)
     opens_in_encoder = False
+    optimizations = ("none",)
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
@@ -53,7 +53,7 @@ class _TorchScript:
             raise ExportError(
                 f"torch.jit.trace of PyTorch {torch.__version__} failed: {type(error).__name__}: {lines[0][:300]}"
             ) from error
-        _write_without_traces(packed, path)
+        _torchscript_file.write(packed, path)
         return ()
 
     def load(self, path: Path, options: RunOptions) -> Run:
@@ -71,7 +71,8 @@ class _TorchScript:
             outputs = [output.name for output in read_carried(metadata, path.name)[0].outputs]
 
         def run(images: np.ndarray) -> dict[str, np.ndarray]:
-            with _threads(options.threads), torch.inference_mode(), _quiet():
+            optimized = torch.jit.optimized_execution(options.optimization != "none")  # type: ignore[attr-defined]
+            with _threads(options.threads), torch.inference_mode(), _quiet(), optimized:
                 values = module(torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device))
             named = outputs or [f"output_{place}" for place in range(len(values))]
             if len(values) != len(named):
@@ -80,6 +81,12 @@ class _TorchScript:
             return {name: value.cpu().numpy() for name, value in zip(named, values, strict=True)}
 
         return run
+
+    def providers(self) -> tuple[str, ...]:
+        """See :meth:`byol_deploy.formats.Format.providers`."""
+        import torch
+
+        return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
     def tensors(self, path: Path) -> dict[str, np.ndarray]:
         """See :meth:`byol_deploy.formats.Format.tensors`. Parameters, buffers and constants of the traced code."""
@@ -97,21 +104,28 @@ class _TorchScript:
 
     def carried(self, path: Path) -> dict[str, str]:
         """See :meth:`byol_deploy.formats.Format.carried`. The file is a zip archive: PyTorch is not needed."""
-        found: dict[str, str] = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for entry in archive.infolist():
-                    _, _, name = entry.filename.partition("/extra/")
-                    if not name:
-                        continue
-                    with archive.open(entry) as member:
-                        data = member.read(_MAX_CARRIED_BYTES + 1)
-                    if len(data) > _MAX_CARRIED_BYTES:
-                        raise ValueError(f"{name} has more than {_MAX_CARRIED_BYTES} bytes")
-                    found[name] = data.decode("utf-8")
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
-            raise BundleError(f"{path} is not a TorchScript file: {error}; export it again") from error
-        return found
+        return _torchscript_file.texts(path)
+
+    def layers(
+        self, path: Path, options: RunOptions, calls: Sequence[Call], slots: Sequence[np.ndarray], images: np.ndarray
+    ) -> LayeredFile:
+        """See :meth:`byol_deploy.formats.Format.layers`."""
+        from byol_deploy.formats._torchscript_layers import TorchScriptLayers
+
+        @contextlib.contextmanager
+        def settings() -> Iterator[None]:
+            with _threads(options.threads), _quiet():
+                yield
+
+        return TorchScriptLayers(_open(path, _device(options.provider)), calls, slots, images, settings)
+
+    def content_hash(self, path: Path) -> str:
+        """See :meth:`byol_deploy.formats.Format.content_hash`. PyTorch is not needed."""
+        return _torchscript_file.content_hash(path)
+
+    def seal(self, path: Path, texts: Mapping[str, str]) -> None:
+        """See :meth:`byol_deploy.formats.Format.seal`."""
+        _torchscript_file.add_texts(path, texts)
 
 
 @contextlib.contextmanager
@@ -165,18 +179,6 @@ def _open(path: Path, device: Any) -> Any:
         raise BundleError(
             f"{path} is not a TorchScript file, or is damaged: {reason[:300]}; export it again"
         ) from error
-
-
-def _write_without_traces(packed: io.BytesIO, path: Path) -> None:
-    """Write the archive without its debug records, whose stack traces name the builder's folders."""
-    with zipfile.ZipFile(packed) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
-        for entry in source.infolist():
-            if entry.filename.endswith(".debug_pkl"):
-                continue
-            # One fixed date, so that equal models give equal bytes.
-            copy = zipfile.ZipInfo(entry.filename, (1980, 1, 1, 0, 0, 0))
-            copy.compress_type = entry.compress_type
-            target.writestr(copy, source.read(entry))
 
 
 FORMAT = _TorchScript()
