@@ -11,6 +11,7 @@ from byol_deploy.parity.limits import NOISE_MULTIPLE, AnyLimit, FidelityLimit, L
 from byol_deploy.parity.measures import FEWEST_FOR_NEIGHBOURS, FEWEST_FOR_OVERLAP, Share
 
 _OPTIONAL = ("sqnr_db", "centred_cosine_min", "margin")
+_SHOWN_FAILURES = 6
 _NUMBERS = ("max_abs", "rel_l2", "tolerance", "severity", "cosine_min", "cosine_p1", "cosine_mean")
 
 
@@ -213,7 +214,10 @@ class ParityReport:
         if not all_rows and len(self.rows) > len(lines) > 0:
             texts.append(f"for each output the worst of its comparisons, {len(self.rows)} in all")
         texts += self.left_out
-        texts += [f"FAIL {failure}" for failure in self.failures] if not self.passed else []
+        if not self.passed:
+            texts += [f"FAIL {failure}" for failure in self.failures[:_SHOWN_FAILURES]]
+            more = len(self.failures) - _SHOWN_FAILURES
+            texts += [f"and {more} more comparisons that failed"] if more > 0 else []
         texts += [f"WARNING {warning}" for warning in self.warnings]
         return "\n".join(texts)
 

@@ -6,18 +6,26 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from byol_deploy import formats
 from byol_deploy.bundle import CARRIED_MANIFEST_KEY, Bundle, Golden, Manifest, read_artefact, read_carried
-from byol_deploy.errors import BundleError, ProviderError, UsageError
+from byol_deploy.errors import BundleError, OutputError, ProviderError, UsageError
 from byol_deploy.images import printable
 from byol_deploy.parity import ParityReport
-from byol_deploy.pipeline.explaining import Explanation
+from byol_deploy.pipeline.explaining import Explanation, explain_file
 from byol_deploy.pipeline.proof import compare_file, momentum_tensors, prove_branch
-from byol_deploy.pipeline.reference import build_reference
+from byol_deploy.pipeline.reference import Reference, build_reference
 from byol_deploy.selftest import check_content, self_test_file
 from byol_deploy.separation import Separation
+
+if TYPE_CHECKING:
+    from byol_deploy.graph import EncoderGraph
+
+EXPLAINED_IMAGES = 4
+"""Images on which the drift is followed through a file."""
 
 Say = Callable[[str], None]
 
@@ -353,7 +361,54 @@ def _verify_against(
         proof = prove_branch(format.tensors(file.path), online, momentum, precision=file.precision)
         content, detail = check_content(file.path, format, file.precision)
         faults = [*proof.faults, *([detail] if content == "failed" else [])]
-        return _Judged(found, "; ".join(faults), (str(proof), detail))
+        notes = [str(proof), detail]
+        drift = None
+        if explain is not None:
+            say(f"following the drift through {file.path.name}")
+            drift, written = _explain(file, format, graph, telling_images(reference, found), options, explain)
+            notes += written
+        return _Judged(found, "; ".join(faults), tuple(notes), drift)
 
     verdicts = _each_file(opened, full)
     return VerifyReport(shown, verdicts, checks, reference.warnings, reference.described, reference.separation)
+
+
+def _explain(
+    file: _File, format: formats.Format, graph: EncoderGraph, images: np.ndarray, options: formats.RunOptions, out: Path
+) -> tuple[Explanation | None, list[str]]:
+    """The drift along the graph, its plot, and the layer at fault alone; and in words what was written."""
+    from byol_deploy.pipeline.drift_view import write_drift_plot
+    from byol_deploy.pipeline.reproduction import write_reproduction
+
+    try:
+        found = explain_file(file.path, format, graph, images, precision=file.precision, options=options)
+    except BundleError as error:
+        return None, [f"the drift cannot be followed: {error}"]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{printable(out)} cannot be made: {error.strerror}; choose another folder") from error
+    plot = out / f"{file.path.name}.svg"
+    write_drift_plot(plot, found, force=True)
+    written = [f"drift plotted in {printable(plot)}"]
+    if found.culprit is not None:
+        case = out / f"{file.path.name}-case"
+        made = write_reproduction(case, file.path, format, graph, images, found, options=options, force=True)
+        written.append(f"minimal case in {printable(case)} ({made.kind}); run reproduce.py there")
+    return found, written
+
+
+def telling_images(reference: Reference, report: ParityReport) -> np.ndarray:
+    """A few images to follow the drift on: the one that failed worst first, then some real ones.
+
+    Returns:
+        (n, H, W, 3) uint8, at most 4.
+    """
+    failed = sorted((row for row in report.rows if not row.passed and row.image is not None),
+                    key=lambda row: -row.severity)  # fmt: skip
+    for row in failed:
+        for images in (reference.awkward, reference.crowd, reference.real):
+            if f", {images.name}, " in row.subject and row.image is not None:
+                worst = images.images[row.image : row.image + 1]
+                return np.concatenate([worst, reference.real.images[: EXPLAINED_IMAGES - 1]])
+    return reference.real.images[:EXPLAINED_IMAGES]
