@@ -13,7 +13,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from byol_deploy.bundle import read_carried
-from byol_deploy.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from faults.making import Case, Made
 from faults.modules import compute
 from faults.reduced import quiet, with_texts
@@ -73,8 +72,9 @@ def _other_contract(subject: Subject, folder: Path, **changes: Any) -> Made:
 
 
 def stale_statistics(subject: Subject, folder: Path) -> Made:
-    """The graph is right; the contract that it carries is another recipe's, with ImageNet's mean and deviation."""
-    return _other_contract(subject, folder, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    """The graph is right; the contract that it carries names another recipe's mean and deviation."""
+    mean, std = subject.other_statistics
+    return _other_contract(subject, folder, mean=mean, std=std)
 
 
 def stale_resize(subject: Subject, folder: Path) -> Made:

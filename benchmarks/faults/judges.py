@@ -30,7 +30,8 @@ class Verdict:
     """What one judge said.
 
     Attributes:
-        mark: "caught": it stops, or says FAIL. "warned": it warns and goes on. "missed": it is content.
+        mark: "caught": it stops, or says FAIL. "warned": it warns and goes on. "missed": it is content. "failed": it
+            broke down without a verdict.
         reason: In its words.
     """
 
@@ -63,6 +64,8 @@ class Judges:
                 report = verify(made.path, threads=made.threads, **options)
         except ByolDeployError as error:
             return Verdict("caught", f"refused: {error}")
+        except Exception as error:  # a bug of byol-deploy: no verdict, and the table says so
+            return Verdict("failed", f"{type(error).__name__}: {error}")
         if report.passed:
             return Verdict("missed")
         reasons = [f"{check.name}: {check.detail}" for check in report.checks if not check.passed]

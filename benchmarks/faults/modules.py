@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from byol_deploy.bundle import Golden, Output, read_carried
 from byol_deploy.graph import EncoderGraph
-from byol_deploy.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from faults.making import Case, Made
 from faults.subject import Subject, carried_with
 
@@ -154,11 +153,12 @@ def layer_norm_epsilon(subject: Subject, folder: Path) -> Made | None:
     return _exported(subject, folder, graph) if found else None
 
 
-def imagenet_statistics(subject: Subject, folder: Path) -> Made:
-    """ImageNet's mean and deviation in the graph; the contract names the trained ones."""
+def other_statistics(subject: Subject, folder: Path) -> Made:
+    """Another recipe's mean and deviation in the graph; the contract names the trained ones."""
     graph = subject.broken()
-    graph.preprocessing.mean.copy_(torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
-    graph.preprocessing.std.copy_(torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+    mean, std = subject.other_statistics
+    graph.preprocessing.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+    graph.preprocessing.std.copy_(torch.tensor(std).view(1, 3, 1, 1))
     return _exported(subject, folder, graph)
 
 
@@ -276,8 +276,8 @@ CASES = (
          head_batch_statistics),
     Case("batch-norm epsilon", "export", "1e-3 for 1e-5", batch_norm_epsilon),
     Case("layer-norm epsilon", "export", "1e-5 for 1e-6 (transformer only)", layer_norm_epsilon),
-    Case("mean and deviation", "export", "ImageNet's in the graph, the trained ones in the contract",
-         imagenet_statistics),
+    Case("mean and deviation", "export", "another recipe's in the graph, the trained ones in the contract",
+         other_statistics),
     Case("scale", "export", "pixels divided by 256, not 255", scale_256),
     Case("BGR in the graph", "export", "colour channels in the wrong order; the test images are grey", bgr),
     Case("swapped layers", "export", "the weights of two layers of one shape exchanged", swapped_layers),

@@ -16,6 +16,7 @@ from byol_deploy.bundle import CARRIED_GOLDEN_KEY, CARRIED_MANIFEST_KEY, carry, 
 from byol_deploy.formats import Signature
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.images import find_images
+from byol_deploy.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from byol_deploy.training.checkpoints import LoadedCheckpoint, load_checkpoint
 
 CALIBRATION_IMAGES = 256
@@ -61,11 +62,8 @@ class Subject:
 
     @cached_property
     def bundle(self) -> Path:
-        """The clean export in ONNX and TorchScript."""
-        target = self.folder / "bundle"
-        if not (target / "manifest.json").exists():
-            export(self.run, formats=("onnx", "torchscript"), out=target, data=self.data)
-        return target
+        """The clean export in ONNX and TorchScript, made anew: what is judged is today's export."""
+        return export(self.run, formats=("onnx", "torchscript"), out=self.folder / "bundle", data=self.data).path
 
     @property
     def clean(self) -> Path:
@@ -87,6 +85,14 @@ class Subject:
     def broken(self) -> EncoderGraph:
         """A copy of :attr:`graph` to break."""
         return copy.deepcopy(self.graph)
+
+    @property
+    def other_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and deviation of another recipe: ImageNet's, or a half each where those are the trained ones."""
+        assert self.loaded.preprocessing is not None
+        if self.loaded.preprocessing.mean != IMAGENET_MEAN:
+            return IMAGENET_MEAN, IMAGENET_STD
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
     @cached_property
     def training_images(self) -> np.ndarray:

@@ -51,7 +51,8 @@ def as_markdown(rows: Sequence[Row], encoders: Sequence[str], machine: dict[str,
         "comparison. (lightly-train's check is that of its task models: it does not export an encoder to ONNX.)",
         "",
         f"Each cell shows {', '.join(encoders)}: {_SHOWN['caught']} caught, {_SHOWN['warned']} warned and published "
-        f"all the same, {_SHOWN['missed']} missed, {_SHOWN['n/a']} not applicable to this encoder.",
+        f"all the same, {_SHOWN['missed']} missed, {_SHOWN['n/a']} not applicable to this encoder, "
+        f"{_SHOWN['failed']} broke down.",
         "",
         "## Summary",
         "",
@@ -63,7 +64,7 @@ def as_markdown(rows: Sequence[Row], encoders: Sequence[str], machine: dict[str,
         helped = "" if judge in (OURS, SELF_TEST) else _count(faults, judge, ("caught", "warned"), "helped")
         lines.append(
             f"| {judge} | {_count(faults, judge, ('caught',))} | {_count(faults, judge, ('warned',))} | {helped} | "
-            f"{_count(harmless, judge, ('caught', 'warned'))} |"
+            f"{_count(harmless, judge, ('caught', 'warned', 'failed'))} |"
         )
     for title, part in (
         ("Faults", faults),
