@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,16 @@ _SHOWN_PX = 84
 _LARGEST_PX = 2 * _SHOWN_PX
 _MOST_GROUPS = 12
 _MOST_CURVE_POINTS = 400
+_MOST_PNG_BYTES = 8_000
+_MOST_HOVERS = 500
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def picture(source: ImageSource) -> dict[str, Any]:
-    """An image as a PNG data URI, with the size to show it at: a small one is enlarged by a whole number."""
+    """An image as a data URI, with the size to show it at: a small one is enlarged by a whole number.
+
+    PNG, pixel for pixel, as long as that is small; a photograph as JPEG, a fifth of the bytes: pages are forwarded.
+    """
     image = decode(source)
     if max(image.size) > _LARGEST_PX:
         image.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
@@ -34,8 +41,12 @@ def picture(source: ImageSource) -> dict[str, Any]:
         image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]))
     packed = io.BytesIO()
     image.save(packed, "PNG", optimize=True)
+    kind = "png"
+    if packed.tell() > _MOST_PNG_BYTES:
+        packed, kind = io.BytesIO(), "jpeg"
+        image.save(packed, "JPEG", quality=88, optimize=True)
     return {
-        "uri": "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode("ascii"),
+        "uri": f"data:image/{kind};base64," + base64.b64encode(packed.getvalue()).decode("ascii"),
         "width": max(1, round(width * scale)),
         "height": max(1, round(height * scale)),
         "enlarged": scale > 1,
@@ -43,15 +54,32 @@ def picture(source: ImageSource) -> dict[str, Any]:
 
 
 def draw_map(
-    points: np.ndarray, labels: Sequence[int] | None, names: Sequence[str] | None, side: float = 480.0
+    points: np.ndarray,
+    labels: Sequence[int] | None,
+    names: Sequence[str] | None,
+    side: float = 480.0,
+    moved: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """One SVG path per class: colours repeat after 7 and shapes after 4, so 28 classes differ in one of them."""
+    """One SVG path per class: colours repeat after 7 and shapes after 4, so 28 classes differ in one of them.
+
+    With ``moved``, (N, 2) of the same images, there is a line for each that moved by more than half a pixel;
+    ``largest`` is the longest move as a share of the plane's side.
+    """
     points = np.asarray(points, np.float64)
-    low, high = points.min(axis=0), points.max(axis=0)
+    whole = points if moved is None else np.concatenate([points, np.asarray(moved, np.float64)])
+    low, high = whole.min(axis=0), whole.max(axis=0)
     margin = 10.0
     span = float(max(high - low)) or 1.0
-    places = margin + (points - (low + high) / 2 + span / 2) / span * (side - 2 * margin)
-    places[:, 1] = side - places[:, 1]
+
+    def placed(values: np.ndarray) -> np.ndarray:
+        found: np.ndarray = margin + (values - (low + high) / 2 + span / 2) / span * (side - 2 * margin)
+        found[:, 1] = side - found[:, 1]
+        return found
+
+    places = placed(points)
+    targets = places if moved is None else placed(np.asarray(moved, np.float64))
+    length = np.linalg.norm(targets - places, axis=1)
+    seen = np.flatnonzero(length > 0.5)
     classes = np.zeros(len(points), int) if labels is None else np.asarray(labels)
     numbers, counts = np.unique(classes, return_counts=True)
     groups = [(number, classes == number) for number in numbers.tolist()]
@@ -64,6 +92,9 @@ def draw_map(
     return {
         "side": side,
         "count": len(points),
+        "moves": "".join("M{:.1f} {:.1f}L{:.1f} {:.1f}".format(*places[at], *targets[at]) for at in seen.tolist()),
+        "moved": len(seen),
+        "largest": None if moved is None else float(length.max()) / (side - 2 * margin),
         "groups": [
             {
                 "name": name if labels is not None else "",
@@ -125,6 +156,122 @@ def draw_curve(title: str, steps: Sequence[float], values: Sequence[float]) -> d
     drawn["x_ticks"] = [(f"{across(tick):.1f}", f"{tick:,g}") for tick in x_ticks]
     drawn["y_ticks"] = [(f"{up(tick):.1f}", f"{tick:g}") for tick in y_ticks]
     return drawn
+
+
+def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height: float = 330.0) -> dict[str, Any]:
+    """The drift along a graph on a logarithmic scale: drift, noise floor and budget of each layer.
+
+    Args:
+        series: ``names``, ``drift``, ``noise`` and ``budget``, one entry per layer in the order of execution; relative
+            L2. Optional: ``own``, the layer's own part, NaN where not known; ``recovers``, whether everything that is
+            computed from the layer is within its budget again. NaN interrupts a line; infinity is drawn at the top,
+            zero and what is far below all else at the bottom.
+        width: Of the drawing.
+        height: Of the drawing.
+
+    Returns:
+        What the template ``drift.svg.j2`` draws: sizes, ``lines``, ticks, ``hovers``; ``first``, the first layer past
+        its budget (None where there is none); ``alone``, marks of layers past their budget by themselves; ``past``,
+        the number of layers past their budget.
+
+    Raises:
+        ValueError: The lists have different lengths.
+    """
+    names = [str(name) for name in series["names"]]
+    n = len(names)
+    values = {key: np.asarray(series[key], np.float64) for key in ("drift", "noise", "budget")}
+    own = np.asarray(series.get("own", np.full(n, np.nan)), np.float64)
+    recovers = np.asarray(series.get("recovers", np.zeros(n)), bool)
+    if any(len(found) != n for found in (*values.values(), own, recovers)):
+        raise ValueError(f"a drift has {n} names, and lists of other lengths; give one entry for each layer")
+    left, right, top, bottom = 52.0, width - 14.0, 58.0, height - 34.0
+    drawn: dict[str, Any] = {
+        "width": width, "height": height, "left": left, "right": right, "top": top, "bottom": bottom, "count": n,
+        "lines": {}, "y_ticks": [], "x_ticks": [], "hovers": [], "first": None, "alone": [], "past": 0, "infinite": [],
+    }  # fmt: skip
+    known = np.concatenate([*values.values(), own])
+    known = known[np.isfinite(known) & (known > 0)]
+    if not n or not known.size:
+        return drawn
+    high = math.ceil(np.log10(known.max()) + 1e-9)
+    # Layers that only move numbers have noise of 1e-17 or none: they must not press all else together.
+    low = max(math.floor(np.log10(known.min()) - 1e-9), math.floor(np.log10(values["budget"][-1])) - 5, high - 14)
+    low = min(low, high - 1)
+    step = (right - left) / max(n - 1, 1)
+
+    def across(place: float) -> float:
+        return left + (place * step if n > 1 else (right - left) / 2)
+
+    def up(value: float) -> float:
+        if math.isinf(value):
+            return top
+        exponent = math.log10(value) if value > 0 else low
+        return bottom - (min(max(exponent, low), high) - low) / (high - low) * (bottom - top - 12)
+
+    for key, row in values.items():
+        pieces, broken = [], True
+        for place, value in enumerate(row.tolist()):
+            if math.isnan(value):
+                broken = True
+                continue
+            pieces.append(f"{'M' if broken else 'L'}{across(place):.1f} {up(value):.1f}")
+            if broken and (place + 1 == n or math.isnan(row[place + 1])):
+                pieces.append("h.1")  # a single point is a dot, with round caps
+            broken = False
+        drawn["lines"][key] = "".join(pieces)
+    past = ~(values["drift"] <= values["budget"])
+    first = next(iter(np.flatnonzero(past & ~recovers).tolist()), None)
+    alone = np.flatnonzero((own > values["budget"]) & ~recovers).tolist()
+    every = max(1, math.ceil((high - low) / 7))
+    drawn["y_ticks"] = [(f"{up(10.0**power):.1f}", "10" + str(power).translate(_SUPERSCRIPT))
+                        for power in range(low, high + 1) if (power - low) % every == 0]  # fmt: skip
+    drawn["x_ticks"] = [(f"{across(at):.1f}", label) for at, label in _stage_ticks(names, across, right)]
+    drawn["infinite"] = [f"{across(at):.1f}" for at in np.flatnonzero(np.isinf(values["drift"])).tolist()]
+    drawn["alone"] = [(f"{across(at):.1f}", f"{up(own[at]):.1f}") for at in alone]
+    drawn["past"] = int(past.sum())
+    if first is not None:
+        x = across(first)
+        drawn["first"] = {
+            "name": names[first], "label": _shortened(names[first], 58), "x": f"{x:.1f}", "place": first,
+            "y": f"{up(float(values['drift'][first])):.1f}" if not math.isnan(values["drift"][first]) else f"{top:.1f}",
+            "anchor": "start" if x < (left + right) / 2 else "end",
+        }  # fmt: skip
+    each = max(1, math.ceil(n / _MOST_HOVERS))
+    for start in range(0, n, each):
+        inside = range(start, min(start + each, n))
+        at = first if first in inside else max(inside, key=lambda place: np.nan_to_num(values["drift"][place], nan=0.0))
+        own_part = "" if math.isnan(own[at]) else f", by itself {own[at]:.1e}"
+        said = f"{names[at]}: drift {values['drift'][at]:.1e}{own_part}, noise floor {values['noise'][at]:.1e}, "
+        said += f"budget {values['budget'][at]:.1e}{', past its budget' if past[at] else ''}"
+        begin = max(left, across(start) - step / 2)
+        end = min(right, across(inside[-1]) + step / 2)
+        drawn["hovers"].append((f"{begin:.1f}", f"{max(end - begin, 0.5):.1f}", said))
+    return drawn
+
+
+def _stage_ticks(names: Sequence[str], across: Any, right: float) -> Iterator[tuple[int, str]]:
+    """Where the stages of a network begin, with labels that fit beside each other; long stages come first."""
+    paths = [re.split(r"[ (]", name)[0].split(".") for name in names]
+    for depth in (3, 2, 1):
+        heads = [".".join(path[:depth]) for path in paths]
+        starts = [at for at in range(len(heads)) if at == 0 or heads[at] != heads[at - 1]]
+        if len(starts) <= 14:
+            break
+    ends = [*starts[1:], len(names)]
+    taken: list[tuple[float, float]] = []
+    for start, end in sorted(zip(starts, ends, strict=True), key=lambda span: span[0] - span[1]):
+        parts = heads[start].split(".")
+        label = _shortened(".".join(parts[1:]) if len(parts) > 1 else parts[0], 18)
+        begin = across(start)
+        finish = begin + 6.2 * len(label) + 8
+        if finish <= right + 8 and all(finish <= other or begin >= last for other, last in taken):
+            taken.append((begin, finish))
+            yield start, label
+
+
+def _shortened(text: str, most: int) -> str:
+    """The end of a name says more than its beginning."""
+    return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -81,7 +81,7 @@ class LayeredFile(Protocol):
     unmatched: tuple[tuple[str, str], ...]
     """Modules of the reference that have no place of their own in the file, each with the reason."""
     adds_up: bool
-    """Whether :meth:`values` shows drift as it adds up along the file, or each module's own on the reference's input."""
+    """Whether :meth:`values` shows drift as it adds up along the file, or each module's own on the reference's."""
 
     def values(self, images: np.ndarray, slots: Sequence[np.ndarray]) -> list[np.ndarray]:
         """What the file computes at each point.
@@ -117,22 +117,6 @@ class LayeredFile(Protocol):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A part of a file that was written as a file of its own.
-
-    Attributes:
-        file: Name of the file.
-        inputs: For each input in order: its name, the point it stands for (-1 is the images), NumPy's name of the type
-            that the part takes it in.
-        shapes: For each input the shape that the part takes it in, None as in the reference.
-    """
-
-    file: str
-    inputs: tuple[tuple[str, int, str], ...]
-    shapes: tuple[Layout, ...] = ()
-
-
-@dataclass(frozen=True)
 class Layout:
     """How a file lays out a tensor of the reference.
 
@@ -155,6 +139,38 @@ class Layout:
         if self.permutation is not None:
             return value.transpose(np.argsort(self.permutation))
         return value if self.shape is None else value.reshape(value.shape[0], *shape)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a file that was written as a file of its own.
+
+    Attributes:
+        file: Name of the file.
+        inputs: What the part takes, in order.
+        layout: How it lays out what it gives.
+    """
+
+    file: str
+    inputs: tuple[CutInput, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class CutInput:
+    """One input of a part.
+
+    Attributes:
+        name: Its name in the part.
+        slot: The tensor of the reference that it takes; None for the images.
+        type: NumPy's name of the type that it takes it in.
+        layout: How it lays it out.
+    """
+
+    name: str
+    slot: int | None
+    type: str
+    layout: Layout
 
 
 _CHANNELS_LAST = (0, 2, 3, 1)

@@ -21,7 +21,18 @@ import numpy as np
 
 from byol_deploy.errors import BundleError
 from byol_deploy.formats import RunOptions
-from byol_deploy.formats._layers import ROOT, Call, Cut, Layout, Point, chunks, class_at, find_layout, leaf_calls
+from byol_deploy.formats._layers import (
+    ROOT,
+    Call,
+    Cut,
+    CutInput,
+    Layout,
+    Point,
+    chunks,
+    class_at,
+    find_layout,
+    leaf_calls,
+)
 
 _SOURCE = "byol_deploy.source"
 _DOMAINS = ("", "ai.onnx")
@@ -192,7 +203,7 @@ class OnnxLayers:
         point = self.points[place]
         names = {(self.points[item].name if item >= 0 else self._graph.input.name): item for item in after}
         nodes, reached = self._graph.segment(point.name, names)
-        if not nodes or set(reached) - set(names.values()):
+        if not nodes or set(reached) - set(names.values()) or self._graph.fixed_batch() > 1:
             return None
         types = self._types([name for name, item in names.items() if item >= 0])
         model = _copy(self._model)
@@ -212,20 +223,20 @@ class OnnxLayers:
                     onnx.external_data_helper.load_external_data_for_tensor(copied, base)
                     copied.data_location = TensorProto.DEFAULT
                     del copied.external_data[:]
-        inputs, layouts = [], []
+        inputs = []
         for name, item in names.items():
             if item >= 0:
+                slot: int | None = self.points[item].slot
                 elem, layout = types[name], self._layouts[item]
                 graph.input.append(helper.make_tensor_value_info(name, elem, None))
             else:
-                elem, layout = self._graph.input.type.tensor_type.elem_type, Layout()
+                elem, layout, slot = self._graph.input.type.tensor_type.elem_type, Layout(), self._input
                 graph.input.append(self._graph.input)
-            inputs.append((name, item, str(np.dtype(helper.tensor_dtype_to_np_dtype(elem)))))
-            layouts.append(layout)
+            inputs.append(CutInput(name, slot, str(np.dtype(helper.tensor_dtype_to_np_dtype(elem))), layout))
         graph.node.append(helper.make_node("Cast", [point.name], ["layer"], to=TensorProto.FLOAT))
         graph.output.append(helper.make_tensor_value_info("layer", TensorProto.FLOAT, None))
         (folder / "layer.onnx").write_bytes(model.SerializeToString())
-        return Cut("layer.onnx", tuple(inputs), tuple(layouts))
+        return Cut("layer.onnx", tuple(inputs), self._layouts[place])
 
     def _types(self, names: Sequence[str]) -> dict[str, int]:
         """ONNX's element type of values, as ONNX Runtime infers them."""

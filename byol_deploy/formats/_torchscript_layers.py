@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from byol_deploy.formats._layers import ROOT, Call, Cut, Layout, Point, class_at, find_layout, leaf_calls
+from byol_deploy.formats._layers import ROOT, Call, Cut, CutInput, Layout, Point, class_at, find_layout, leaf_calls
 
 _Values = dict[str, Any]
+_NO_WORK = ("/dropout", "/size", "/Int")
 
 
 class _Unknown(Exception):
@@ -98,7 +99,8 @@ class TorchScriptLayers:
             return None
         with self._settings():
             torch.jit.save(_submodule(self._module, point.path), str(folder / "layer.torchscript.pt"))
-        return Cut("layer.torchscript.pt", (("input", -2, "float32"),), (Layout(),))
+        layout = self._layouts[point.path, max(point.number, 0), "module"]
+        return Cut("layer.torchscript.pt", (CutInput("input", call.input, "float32", Layout()),), layout)
 
     def prefix(self, place: int, folder: Path) -> Cut | None:
         """Nothing smaller than the whole file can be written here."""
@@ -137,11 +139,11 @@ class TorchScriptLayers:
 
         given = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self._device)
         walk = _Walk(self, slots)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: its tensors count no versions
             outputs = walk.call(self._module, "forward", [given], ROOT)
         whole = self._all[ROOT, 0]
         for place, (slot, value) in enumerate(zip(whole.outputs, _flat(outputs), strict=False)):
-            if id(value) not in walk.known:
+            if (id(value), value._version) not in walk.known:
                 walk.show((ROOT, place, "output"), slot, value, ROOT, "output", ())
         yield from walk.shown
 
@@ -152,11 +154,11 @@ class _Walk:
     def __init__(self, file: TorchScriptLayers, slots: Sequence[np.ndarray] | None) -> None:
         self.file, self.slots = file, slots
         self.shown: list[tuple[tuple[str, int, str], Point, np.ndarray]] = []
-        # Tensors that stand for a point already. The tensors are kept, so that their ids stay theirs.
-        self.known: dict[int, tuple[Any, int]] = {}
+        # Tensors that stand for a point already, by id and version: an operation in place makes another value of one.
+        # The tensors are kept, so that their ids stay theirs.
+        self.known: dict[tuple[int, int], tuple[Any, int]] = {}
         self._numbers: Counter[str] = Counter()
         self._since: list[str] = []
-        self._operators: dict[str, Any] = {}
 
     def show(self, key: tuple[str, int, str], slot: int, value: Any, path: str, kind: str, after: Any) -> Any:
         """Note a value, and give what goes on from here: itself, or the reference's in its place."""
@@ -174,7 +176,7 @@ class _Walk:
             if layout is not None:
                 fed = layout.to_file(self.slots[slot])
                 value = torch.from_numpy(np.ascontiguousarray(fed)).to(value.device, value.dtype)
-        self.known[id(value)] = (value, len(self.shown) - 1)
+        self.known[id(value), value._version] = (value, len(self.shown) - 1)
         return value
 
     def call(self, module: Any, method: str, given: list[Any], path: str) -> Any:
@@ -187,19 +189,22 @@ class _Walk:
         tensors = [value for value in given if isinstance(value, torch.Tensor)]
         if ours is None:
             return self._compute(module, method, given, path)
-        if ours.input is not None and tensors and id(tensors[0]) not in self.known:
+        if ours.input is not None and tensors and (id(tensors[0]), tensors[0]._version) not in self.known:
             taken = tensors[0]
             if taken.is_floating_point():  # the images are no operation's
-                parent = path.rpartition(".")[0]
-                fed = self.show((path, number, "input"), ours.input, taken, parent, "operation", ())
+                fed = self.show((path, number, "input"), ours.input, taken, self._worked(), "operation", ())
                 given = [fed if value is taken else value for value in given]
-        # An operation in place changes its input, which others of the reference may have been recorded from.
         result = self._compute(module, method, given, path)
         first = next(iter(_flat(result)), None)
         if first is None:
             return result
         shown = self.show((path, number, "module"), ours.outputs[0], first, path, "module", ())
         return shown if result is first else type(result)([shown, *list(result)[1:]])
+
+    def _worked(self) -> str:
+        """The module whose code worked last; dropout and the like do no work."""
+        done = [name for name in self._since if not name.endswith(_NO_WORK)] or self._since
+        return ".".join(done[-1].split("/")[:-1]) if done else ROOT
 
     def _compute(self, module: Any, method: str, given: list[Any], path: str) -> Any:
         graph = module._c._get_method(method).graph
@@ -235,19 +240,27 @@ class _Walk:
 
             values[names[0]] = torch.tensor(given[0])
         elif kind.startswith("aten::") and not list(node.blocks()):
-            results = self._operator(kind)(*given)
+            results = self._operate(node, given)
             values.update(zip(names, [results] if len(names) == 1 else results, strict=True))
-            self._since.append(kind)
+            self._since.append("/".join([*paths[next(iter(paths))].split("."), kind.removeprefix("aten::")]))
         else:
             raise _Unknown(kind)
 
-    def _operator(self, kind: str) -> Any:
+    def _operate(self, node: Any, given: list[Any]) -> Any:
+        """Call the very overload that the file names, with its keyword-only arguments as such."""
         import torch
 
-        if kind not in self._operators:
-            # The overload that fits is found when it is called, as the file's own interpreter does.
-            self._operators[kind], _ = torch._C._jit_get_operation(kind)
-        return self._operators[kind]
+        schema = torch._C.parse_schema(node.schema())
+        operator = getattr(
+            getattr(torch.ops.aten, node.kind().removeprefix("aten::")), schema.overload_name or "default"
+        )
+        positional, keywords = [], {}
+        for argument, value in zip(schema.arguments, given, strict=True):
+            if argument.kwarg_only:
+                keywords[argument.name] = value
+            else:
+                positional.append(value)
+        return operator(*positional, **keywords)
 
 
 def _submodule(module: Any, path: str) -> Any:

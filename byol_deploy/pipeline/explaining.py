@@ -59,7 +59,7 @@ class Layer:
         own: The same when all that the layer reads is the reference's; None where the file cannot be fed.
         noise: Relative L2 distance of the model's own float32 from its float64 there.
         budget: What ``drift`` and ``own`` may be.
-        recovers: Everything that is computed from it is within its budget: the file only orders the work in another way.
+        recovers: All that is computed from it is within its budget: the file only orders the work in another way.
     """
 
     path: str
@@ -88,9 +88,9 @@ class Layer:
     @property
     def operation(self) -> str:
         """The last operation in the file, such as ``Add``."""
-        moves = ("QuantizeLinear", "DequantizeLinear", "Cast")
+        moves = ("QuantizeLinear", "DequantizeLinear", "Cast", "/dropout")
         kept = [name for name in self.nodes if not name.endswith(moves)] or list(self.nodes) or [self.name]
-        return kept[-1].rpartition("/")[2].removeprefix("aten::")
+        return kept[-1].rpartition("/")[2]
 
     @property
     def past(self) -> bool:
@@ -196,7 +196,7 @@ class Explanation:
 
     def text(self, all_layers: bool = False) -> str:
         """A table: the first culprit, its neighbours and the worst few, or every layer."""
-        from byol_deploy.pipeline.drift_plot import table
+        from byol_deploy.pipeline.drift_view import table
 
         return table(self, all_layers)
 

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from byol_deploy import __version__
 from byol_deploy import formats as known_formats
 from byol_deploy.bundle import (
@@ -39,8 +41,9 @@ from byol_deploy.images import printable
 from byol_deploy.parity import Limit, ParityReport
 from byol_deploy.pipeline.proof import BranchProof, compare_file, few, momentum_tensors, prove_branch
 from byol_deploy.pipeline.reference import Reference, build_reference, choose_golden
+from byol_deploy.pipeline.showing import drift_of, file_evidence
 from byol_deploy.preprocess import Preprocessing
-from byol_deploy.report import write_bundle_report
+from byol_deploy.report import FileEvidence, write_bundle_report
 from byol_deploy.runtime import usable_cores
 
 if TYPE_CHECKING:
@@ -118,6 +121,7 @@ def export(
         signature = _signature(graph, opset)
         artefacts = []
         failures = []
+        evidence: dict[str, FileEvidence] = {}
         for format in chosen:
             path = folder / f"model{format.suffix}"
             say(f"writing {path.name}")
@@ -129,7 +133,9 @@ def export(
             # The last thing that is done to a file: what is compared and published is what lies there now.
             seal_artefact(path, format, "fp32", host, tuple(item.name for item in further))
             say(f"comparing {path.name}, as written, with PyTorch")
-            report, proof = _prove(path, format, graph, loaded, reference)
+            crowd: list[np.ndarray] = []
+            report, proof = _prove(path, format, graph, loaded, reference, crowd)
+            evidence[path.name] = file_evidence(reference, crowd, drift_of(path, format, graph, reference))
             artefacts.append(_artefact(path, further, format, report, reference, proof))
             say(f"{path.name}: {'PASS' if report.passed and proof.passed else 'FAIL'}\n{report.table()}\n{proof}")
             failures += [f"{path.name}: {failure}" for failure in proof.faults]
@@ -146,7 +152,7 @@ def export(
         (folder / GOLDEN_FILE).write_bytes(packed)
         entry = GoldenFile(GOLDEN_FILE, hashlib.sha256(packed).hexdigest(), len(golden.images))
         replace(manifest, golden=entry, artefacts=tuple(artefacts)).save(folder)
-        write_bundle_report(folder)
+        write_bundle_report(folder, evidence)
     say(f"published {printable(target)}")
     return Bundle.open(target)
 
@@ -196,9 +202,14 @@ def _backbone_name(loaded: LoadedCheckpoint) -> str:
 
 
 def _prove(
-    path: Path, format: Format, graph: EncoderGraph, loaded: LoadedCheckpoint, reference: Reference
+    path: Path,
+    format: Format,
+    graph: EncoderGraph,
+    loaded: LoadedCheckpoint,
+    reference: Reference,
+    crowd: list[np.ndarray],
 ) -> tuple[ParityReport, BranchProof]:
-    report = compare_file(path, format, reference, RunOptions()).with_warnings(reference.warnings)
+    report = compare_file(path, format, reference, RunOptions(), crowd=crowd).with_warnings(reference.warnings)
     return report, prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
 
 

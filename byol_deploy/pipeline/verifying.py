@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,14 @@ import numpy as np
 from byol_deploy import formats
 from byol_deploy.bundle import CARRIED_MANIFEST_KEY, Bundle, Golden, Manifest, read_artefact, read_carried
 from byol_deploy.errors import BundleError, OutputError, ProviderError, UsageError
+from byol_deploy.host import describe_host
 from byol_deploy.images import printable
 from byol_deploy.parity import ParityReport
 from byol_deploy.pipeline.explaining import Explanation, explain_file
 from byol_deploy.pipeline.proof import compare_file, momentum_tensors, prove_branch
 from byol_deploy.pipeline.reference import Reference, build_reference
+from byol_deploy.pipeline.showing import drift_of, file_evidence, show_verification
+from byol_deploy.report import FileEvidence
 from byol_deploy.selftest import check_content, self_test_file
 from byol_deploy.separation import Separation
 
@@ -354,10 +358,12 @@ def _verify_against(
     say("computing the reference in float32 and float64")
     reference = build_reference(loaded, graph, trained, data)
     online, momentum = graph.tensors(), momentum_tensors(loaded)
+    evidence: dict[str, FileEvidence] = {}
 
     def full(file: _File, format: formats.Format) -> _Judged:
         say(f"comparing {file.path.name} with PyTorch")
-        found = compare_file(file.path, format, reference, options, precision=file.precision)
+        crowd: list[np.ndarray] = []
+        found = compare_file(file.path, format, reference, options, precision=file.precision, crowd=crowd)
         proof = prove_branch(format.tensors(file.path), online, momentum, precision=file.precision)
         content, detail = check_content(file.path, format, file.precision)
         faults = [*proof.faults, *([detail] if content == "failed" else [])]
@@ -367,10 +373,19 @@ def _verify_against(
             say(f"following the drift through {file.path.name}")
             drift, written = _explain(file, format, graph, telling_images(reference, found), options, explain)
             notes += written
+        if report is not None:
+            drawn = drift or drift_of(file.path, format, graph, reference, file.precision)
+            evidence[file.path.name] = file_evidence(reference, crowd, drawn)
         return _Judged(found, "; ".join(faults), tuple(notes), drift)
 
     verdicts = _each_file(opened, full)
-    return VerifyReport(shown, verdicts, checks, reference.warnings, reference.described, reference.separation)
+    result = VerifyReport(shown, verdicts, checks, reference.warnings, reference.described, reference.separation)
+    if report is not None:
+        words = ["byol-deploy", "verify", shown, "--against", printable(against)]
+        words += ["--data", printable(data)] if data is not None else []
+        here = describe_host(provider=options.provider, threads=options.threads)
+        show_verification(report, result, evidence, [*here.items()], shlex.join(words))
+    return result
 
 
 def _explain(

@@ -1,5 +1,0 @@
-"""An explanation for the eye: the table for a terminal."""
-
-
-def table(explanation, all_layers):
-    return explanation.verdict()
