@@ -14,10 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import encoders
-import torch
 from backbones import machine
 
-from byol_deploy.cores import usable_cores
 from faults import CASES, judge
 from faults.judges import OURS, Judges
 from faults.subject import Subject
@@ -33,7 +31,6 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=[case.name for case in CASES], help="judge one case again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    torch.set_num_threads(usable_cores())
     results = arguments.out.with_suffix(".json")
     rows: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
     here = machine()
