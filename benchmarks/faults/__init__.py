@@ -1,5 +1,6 @@
 """Real deployment faults, each really made, and who notices: byol-deploy beside the rules of its neighbours.
 
+    pip install openvino onnxslim        # for two of the harmless variants
     python benchmarks/faults [--encoder NAME] [--only FAULT]
 
 * `subject`: a trained encoder and the clean files that everything starts from;

@@ -106,8 +106,10 @@ def two_files(subject: Subject, folder: Path) -> Made:
     return Made(path)
 
 
-def simplified(subject: Subject, folder: Path) -> Made:
-    """What onnxslim makes of it."""
+def simplified(subject: Subject, folder: Path) -> Made | None:
+    """What onnxslim makes of it; nothing where it is not installed."""
+    if find_spec("onnxslim") is None:
+        return None
     import onnxslim
 
     with quiet():
