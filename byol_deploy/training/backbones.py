@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -202,11 +203,10 @@ def probe_backbone(module: nn.Module, size_px: int | None = None) -> Probe:
     parameter = next(twin.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     dtype = parameter.dtype if parameter is not None else torch.float32
-    conv = next((m for m in twin.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = conv.in_channels if conv is not None else 3
     sizes = [size_px] if size_px is not None else _likely_sizes(twin)
     failure = ""
-    for size in sizes:
+    tried = _likely_channels(twin)
+    for size, channels in itertools.product(sizes, tried):
         image = torch.zeros(1, channels, size, size, device=device, dtype=dtype)
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():
@@ -214,11 +214,13 @@ def probe_backbone(module: nn.Module, size_px: int | None = None) -> Probe:
             try:
                 output = twin(image)
             except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-                failure = failure or f"{size} px: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                failure = failure or f"{size} px: {reason}"
                 continue
         return _describe(unwrap(output), twin)
     raise UsageError(
-        f"backbone {type(module).__name__} takes no image of shape (1, {channels}, H, W) ({failure}); "
+        f"backbone {type(module).__name__} takes no image of shape "
+        f"{' or '.join(f'(1, {channels}, H, W)' for channels in tried)} ({failure}); "
         "pass a backbone for images, or set its own size, e.g. img_size"
     )
 
@@ -241,7 +243,14 @@ def _likely_sizes(module: nn.Module) -> list[int]:
     config = getattr(module, "default_cfg", None)
     if isinstance(config, Mapping) and config.get("fixed_input_size"):
         sizes.append(int(config["input_size"][-1]))
-    return list(dict.fromkeys([*sizes, 64, 224, 299]))
+    # Attention over a grid of one size, chosen by the builder's argument, can leave no attribute that says which.
+    return list(dict.fromkeys([*sizes, 64, 224, 299, *range(32, 545, 32)]))
+
+
+def _likely_channels(module: nn.Module) -> list[int]:
+    """The channels that the first convolution takes, then 3: a stem may fold pixels into channels before it."""
+    conv = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    return [3] if conv is None else list(dict.fromkeys([conv.in_channels, 3]))
 
 
 def _describe(output: Tensor, module: nn.Module) -> Probe:

@@ -187,6 +187,20 @@ def test_probe_of_other_channels_and_sizes() -> None:
         probe_width(nn.Linear(5, 4))
 
 
+def test_probe_of_a_stem_that_folds_pixels_into_channels_before_its_convolution() -> None:
+    stem = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 6, 3))
+    assert probe_backbone(stem) == Probe(6, "NCHW")
+    # Neither 3 channels nor what the first convolution takes: both are named.
+    with pytest.raises(UsageError, match=r"shape \(1, 48, H, W\) or \(1, 3, H, W\)"):
+        probe_backbone(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(48, 6, 3)))
+
+
+def test_probe_of_a_size_that_only_the_builders_argument_says() -> None:
+    # Bottleneck attention holds one number per place of its grid, and timm's default_cfg still says 256.
+    backbone = build_backbone("timm/botnet26t_256", img_size=128)
+    assert probe_backbone(backbone) == Probe(2048, "vector")
+
+
 def test_deeplab_shapes_and_keys() -> None:
     backbone = DeepLabV3Backbone().eval()
     with torch.inference_mode():
