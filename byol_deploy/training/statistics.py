@@ -26,8 +26,8 @@ ERRORS = 3.0
 MEAN_SHIFT_LIMIT = 0.6
 LOG_VARIANCE_LIMIT = math.log(2.0)
 PIXEL_LOG_VARIANCE_LIMIT = 0.4
-"""Limits on what is left of a layer's deviation after :data:`ERRORS` standard errors; the last one is for a layer next to
-the pixels, with at most one other layer with weights before it.
+"""Limits on what is left of a layer's deviation after :data:`ERRORS` standard errors; the last one is for a layer next
+to the pixels, with at most one other layer with weights before it.
 
 Training sees augmented views and the check sees plain images, so healthy statistics deviate too, and the deviation adds
 up with depth. The largest healthy ones that were met, in small networks after six epochs of BYOL's own augmentation: a
@@ -242,10 +242,10 @@ def _measure(name: str, layer: _BatchNorm, moments: _Moments, on_pixels: bool) -
     means, squares = torch.cat(moments.means).numpy(), torch.cat(moments.squares).numpy()
     # Pixels of one image depend on each other; images do not. So the errors come from the spread between images.
     n = len(means)
-    shift = means.mean(axis=0)
-    spread = squares - 2 * means * shift + shift**2  # of each image about the common mean
-    variance = spread.mean(axis=0) + layer.eps
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        shift = means.mean(axis=0)
+        spread = squares - 2 * means * shift + shift**2  # of each image about the common mean
+        variance = spread.mean(axis=0) + layer.eps
         columns = {
             "mean_shift": np.abs(shift) / np.sqrt(running),
             "mean_error": means.std(axis=0, ddof=1) / math.sqrt(n) / np.sqrt(running),
