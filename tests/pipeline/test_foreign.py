@@ -1,0 +1,592 @@
+"""Any ONNX file against any PyTorch module: files of plain torch.onnx.export, right ones and wrong ones."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import timm  # noqa: E402
+import torchvision  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from byol_deploy.errors import BundleError, DataError, UsageError  # noqa: E402
+from byol_deploy.parity import Limit  # noqa: E402
+from byol_deploy.pipeline.foreign import verify_foreign  # noqa: E402
+from byol_deploy.pipeline.verifying import VerifyReport  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SIZE = 32
+
+
+class Two(nn.Module):
+    """A small network with batch norm, and two outputs of the same width."""
+
+    def __init__(self, seed: int = 0, *, eps: float = 1e-5, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.norm = nn.BatchNorm2d(8, eps=eps)
+        self.deep = nn.Conv2d(8, 16, 3, 2, 1)
+        self.one, self.two = nn.Linear(16, 6), nn.Linear(16, 6)
+        self.dropout = dropout
+        with torch.no_grad():
+            self.norm.running_mean.uniform_(-0.3, 0.3)
+            self.norm.running_var.uniform_(0.2, 0.6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.deep(torch.relu(self.norm(self.conv(x)))))
+        x = nn.functional.dropout(x.mean(dim=(2, 3)), self.dropout, training=self.dropout > 0)
+        return self.one(x), self.two(x)
+
+
+class Pixels(nn.Module):
+    """(N, H, W, 3) uint8 in: the normalisation is inside."""
+
+    def __init__(self, net: nn.Module, mean: float = 0.45, std: float = 0.22) -> None:
+        super().__init__()
+        self.net, self.mean, self.std = net, mean, std
+
+    def forward(self, pixels: Tensor) -> Any:
+        return self.net((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Two()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        one, two = self.net(x)
+        return {"one": one, "two": two}
+
+
+def write(
+    module: nn.Module, path: Path, example: Tensor, *, batch: bool = True, sides: bool = False,
+    dims: tuple[int, ...] = (2, 3), outputs: tuple[str, ...] = ("one", "two"), eval_mode: bool = True,
+    trace: bool = False,
+) -> Path:  # fmt: skip
+    """A file of plain ``torch.onnx.export``."""
+    module = copy.deepcopy(module)
+    module.train(not eval_mode)
+    open_dims: dict[int, Any] = {0: torch.export.Dim("batch")} if batch else {}
+    if sides:
+        open_dims |= {dim: torch.export.Dim(f"side{dim}", min=8, max=2048) for dim in dims}
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's about its own insides
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        if trace:
+            torch.onnx.export(
+                module, (example,), str(path), dynamo=False, input_names=["images"], output_names=list(outputs),
+                dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)}, verbose=False,
+                training=torch.onnx.TrainingMode.EVAL if eval_mode else torch.onnx.TrainingMode.TRAINING,
+            )  # fmt: skip
+        else:
+            torch.onnx.export(
+                module, (example,), str(path), dynamo=True, input_names=["images"], output_names=list(outputs),
+                dynamic_shapes=(open_dims,) if open_dims else None, verbose=False, external_data=False,
+            )  # fmt: skip
+    return path
+
+
+def floats(batch: int = 3, size: int = SIZE) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def failures(report: VerifyReport) -> str:
+    (verdict,) = report.artefacts
+    found = [] if verdict.parity is None or verdict.parity.passed else verdict.parity.failures
+    return "\n".join([*found, *(check.detail for check in report.checks if not check.passed)])
+
+
+def said(report: VerifyReport) -> str:
+    return "\n".join([*report.warnings, *report.artefacts[0].notes])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A name for the folder of files that are exported once."""
+    return tmp_path_factory.mktemp("foreign")
+
+
+@pytest.fixture(scope="session")
+def two(folder: Path) -> Path:
+    return write(Two(), folder / "two.onnx", floats())
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 different colour images of 48 x 40 px."""
+    root = tmp_path_factory.mktemp("colours")
+    random = np.random.default_rng(0)
+    for number in range(60):
+        small = random.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(root / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
+    """Writes a user's module into the current directory; forgets it afterwards, as a new process would."""
+    monkeypatch.chdir(tmp_path)
+    written = []
+
+    def module(name: str, text: str) -> str:
+        (tmp_path / f"{name}.py").write_text(text)
+        written.append(name)
+        return name
+
+    before = list(sys.path)
+    yield module
+    assert sys.path == before
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+# --- right ones ---
+
+
+def test_a_right_file_passes_and_says_on_what(two: Path, colours: Path) -> None:
+    lines: list[str] = []
+    report = verify_foreign(two, against=Two(), data=colours, mean=(0.5,) * 3, std=(0.2,) * 3, say=lines.append)
+    assert report.passed, report.text()
+    assert report.verdict == "PASS", report.warnings
+    assert "60 of the folder" in report.images
+    (verdict,) = report.artefacts
+    subjects = {row.subject for row in verdict.parity.rows}
+    assert {f"two.onnx, real images, batch {size}" for size in (1, 2, 3, 7)} <= subjects
+    assert {"two.onnx, real images, optimisation none, batch 7", "two.onnx, 60 real images, batch 32"} <= subjects
+    assert any("awkward" in subject for subject in subjects)
+    limits = [row.limit for row in verdict.parity.rows]
+    assert all(isinstance(limit, Limit) and 0 < limit.noise_rel_l2 < 1e-5 for limit in limits)
+    assert any(row.overlap is not None for row in verdict.parity.rows)
+    assert any("float64" in line for line in lines)
+
+
+def test_default_normalisation_is_said_loudly(two: Path, colours: Path) -> None:
+    report = verify_foreign(two, against=Two(), data=colours)
+    assert report.verdict == "PASS with warnings"
+    assert "0.485, 0.456, 0.406" in said(report)
+    assert "--mean" in said(report)
+
+
+def test_the_callers_module_stays_as_it_is(two: Path, colours: Path) -> None:
+    lent = Two().double().train()
+    lent.norm.eval()
+    before = {name: value.clone() for name, value in lent.state_dict().items()}
+    seed = torch.get_rng_state()
+    report = verify_foreign(two, against=lent, data=colours)
+    assert report.passed, report.text()
+    assert "torch.float64" in said(report)
+    assert lent.training
+    assert not lent.norm.training
+    assert all(parameter.requires_grad for parameter in lent.parameters())
+    assert all(torch.equal(before[name], value) for name, value in lent.state_dict().items())
+    assert torch.equal(seed, torch.get_rng_state())
+
+
+def test_pixels_in_channels_last(tmp_path: Path, colours: Path) -> None:
+    example = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8)
+    path = write(Pixels(Two()), tmp_path / "pixels.onnx", example, dims=(1, 2))
+    report = verify_foreign(path, against=Pixels(Two()), data=colours)
+    assert report.verdict == "PASS", report.text()
+    assert "uint8 (N, H, W, 3)" in report.checks[0].detail
+    # The cast to float32 inside does not keep its noise from being measured.
+    assert all(row.limit.noise_rel_l2 > 0 for row in report.artefacts[0].parity.rows)
+    wrong = verify_foreign(path, against=Pixels(Two(), mean=0.46), data=colours)
+    assert not wrong.passed
+
+
+def test_pixels_in_the_file_against_the_network_alone(tmp_path: Path, colours: Path) -> None:
+    example = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8)
+    path = write(Pixels(Two()), tmp_path / "pixels.onnx", example)
+    right = verify_foreign(path, against=Two(), data=colours, mean=(0.45,) * 3, std=(0.22,) * 3)
+    assert right.passed, right.text()
+    assert "takes pixels and the other normalised" in said(right)
+    wrong = verify_foreign(path, against=Two(), data=colours)
+    assert not wrong.passed
+    assert "relative L2 error" in failures(wrong)
+
+
+def test_resnet18_of_torchvision(tmp_path: Path, colours: Path) -> None:
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None).eval()
+    path = write(net, tmp_path / "resnet18.onnx", floats(2, 64), outputs=("logits",))
+    assert verify_foreign(path, against=net, data=colours).passed
+    other = copy.deepcopy(net)
+    for layer in other.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = 1e-3
+    assert not verify_foreign(path, against=other, data=colours).passed
+
+
+def test_vit_of_timm(tmp_path: Path, colours: Path) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", img_size=64, num_classes=0).eval()
+    path = write(net, tmp_path / "vit.onnx", floats(2, 64), outputs=("embedding",))
+    report = verify_foreign(path, against=lambda: net, data=colours)
+    assert report.passed, report.text()
+
+
+# --- wrong ones ---
+
+
+def test_other_weights(two: Path, colours: Path) -> None:
+    report = verify_foreign(two, against=Two(seed=1), data=colours)
+    assert not report.passed
+    assert "relative L2 error" in failures(report)
+
+
+def test_another_epsilon_in_batch_norm(two: Path, colours: Path) -> None:
+    assert not verify_foreign(two, against=Two(eps=2e-5), data=colours).passed
+
+
+def test_exported_in_training_mode(tmp_path: Path, colours: Path) -> None:
+    path = write(Two(), tmp_path / "training.onnx", floats(), eval_mode=False, trace=True)
+    report = verify_foreign(path, against=Two(), data=colours)
+    assert not report.passed
+    assert "relative L2 error" in failures(report)
+
+
+def test_swapped_outputs(tmp_path: Path, colours: Path) -> None:
+    path = write(Named(), tmp_path / "named.onnx", floats(), outputs=("one", "two"))
+    right = verify_foreign(path, against=Named(), data=colours)
+    assert right.passed, right.text()
+    assert "matched by name" in right.checks[1].detail
+    swapped = write(Named(), tmp_path / "swapped.onnx", floats(), outputs=("two", "one"))
+    assert not verify_foreign(swapped, against=Named(), data=colours).passed
+    # In order the names do not matter.
+    assert verify_foreign(swapped, against=Two(), data=colours).passed
+
+
+def test_a_fixed_batch_passes_with_a_warning(tmp_path: Path, colours: Path) -> None:
+    path = write(Two(), tmp_path / "fixed.onnx", floats(4), batch=False)
+    report = verify_foreign(path, against=Two(), data=colours, mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert report.verdict == "PASS with warnings", report.text()
+    assert "fixed batch of 4" in said(report)
+    assert {row.subject.rpartition(", ")[2] for row in report.artefacts[0].parity.rows} == {"batch 4"}
+
+
+def test_a_batch_baked_inside_fails(tmp_path: Path, colours: Path) -> None:
+    class Baked(Two):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            one, two = super().forward(x)
+            return one + torch.zeros(int(x.shape[0]), 1), two
+
+    path = write(Baked(), tmp_path / "baked.onnx", floats(3), trace=True)
+    report = verify_foreign(path, against=Baked(), data=colours)
+    assert not report.passed
+    assert "batch 7: one: the file cannot run this" in failures(report)
+    assert "batch 3:" not in failures(report)
+
+
+def test_open_sides(tmp_path: Path, colours: Path) -> None:
+    path = write(Two(), tmp_path / "open.onnx", floats(), sides=True)
+    report = verify_foreign(path, against=Two(), data=colours, image_size=64)
+    assert report.passed, report.text()
+    subjects = " ".join(row.subject for row in report.artefacts[0].parity.rows)
+    assert "real images of 32 px" in subjects
+    assert "real images of 96 px" in subjects
+    with pytest.raises(UsageError, match="--image-size"):
+        verify_foreign(path, against=Two(), data=colours)
+
+
+def test_a_resolution_baked_inside_fails_and_one_that_the_reference_refuses_does_not(
+    tmp_path: Path, colours: Path
+) -> None:
+    path = write(Two(), tmp_path / "open.onnx", floats(), sides=True)
+
+    class Crops(Two):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x[:, :, :64, :64])
+
+    class Picky(Two):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            if x.shape[-1] > 64:
+                raise ValueError("at most 64 px")
+            return super().forward(x)
+
+    baked = verify_foreign(path, against=Crops(), data=colours, image_size=64)
+    assert not baked.passed
+    assert "96 px" in failures(baked)
+    assert "32 px" not in failures(baked)
+    picky = verify_foreign(path, against=Picky(), data=colours, image_size=64)
+    assert picky.passed, picky.text()
+    assert "96 px was left out: the reference itself refuses it" in said(picky)
+
+
+def test_float16_is_held_to_margins(two: Path, tmp_path: Path, colours: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    path = write(Two().half(), tmp_path / "half.onnx", floats().half())
+    assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    report = verify_foreign(path, against=Two(), data=colours)
+    assert report.passed, report.text()
+    assert report.artefacts[0].precision == "fp16"
+    assert "fp16" in said(report)
+    assert not verify_foreign(path, against=Two(seed=1), data=colours).passed
+
+
+# --- functions ---
+
+
+def test_plain_functions(two: Path, colours: Path) -> None:
+    net = Two().eval()
+
+    def on_tensors(images: Tensor) -> tuple[Tensor, ...]:
+        return net(images)
+
+    def on_arrays(images: np.ndarray) -> list[np.ndarray]:
+        assert isinstance(images, np.ndarray)
+        return [values.numpy() for values in net(torch.from_numpy(images))]
+
+    for function in (on_tensors, on_arrays):
+        report = verify_foreign(two, against=function, data=colours)
+        assert report.passed, report.text()
+        assert "limits are fixed numbers" in said(report)  # the float32 parameters inside are not ours to double
+    other = Two(seed=1).eval()
+    assert not verify_foreign(two, against=lambda images: other(images), data=colours).passed
+
+
+def test_a_function_without_parameters_has_its_noise_measured(tmp_path: Path, colours: Path) -> None:
+    class Power(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.float() ** 2).mean(dim=(2, 3)).sqrt()
+
+    path = write(Power(), tmp_path / "power.onnx", floats(), outputs=("power",))
+    report = verify_foreign(path, against=lambda x: (x.float() ** 2).mean(dim=(2, 3)).sqrt(), data=colours)
+    assert report.passed, report.text()
+    assert "fixed numbers" not in said(report)
+    assert all(row.limit.noise_rel_l2 > 0 for row in report.artefacts[0].parity.rows)
+
+
+# --- not comparable ---
+
+
+def test_a_reference_that_is_not_steady(two: Path, colours: Path) -> None:
+    dropping = verify_foreign(two, against=Two(dropout=0.3), data=colours)
+    assert "gives other numbers when it is asked again" in failures(dropping)
+    training = Two().train()
+    for layer in training.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.0
+    mixing = verify_foreign(two, against=lambda images: training(images), data=colours)
+    assert "gives other numbers when it is asked again" in failures(mixing)
+
+
+@pytest.mark.parametrize(
+    ("bend", "reason"),
+    [
+        (lambda y: y * float("nan"), "the reference itself has NaN"),
+        (lambda y: y * 0 + 1, "same vector for all"),
+        (lambda y: (y * 10).long(), "floating point is needed"),
+        (lambda y: y.mean(), "first dimension is not the batch"),
+        (lambda y: y[:, :, None, None], "has shape (6,) for one image"),
+    ],
+    ids=["NaN", "constant", "integers", "no batch", "another shape"],
+)
+def test_outputs_that_cannot_be_compared(
+    two: Path, colours: Path, bend: Callable[[Tensor], Tensor], reason: str
+) -> None:
+    class Bent(Two):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            one, two = super().forward(x)
+            return bend(one), two
+
+    report = verify_foreign(two, against=Bent(), data=colours)
+    assert not report.passed
+    assert reason in failures(report)
+
+
+def test_a_file_that_gives_nan(tmp_path: Path, colours: Path) -> None:
+    class Broken(Two):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            one, two = super().forward(x)
+            return torch.log(one * 0), two
+
+    path = write(Broken(), tmp_path / "broken.onnx", floats())
+    assert "vectors have NaN or infinite numbers" in failures(verify_foreign(path, against=Two(), data=colours))
+
+
+def test_other_names_and_counts(two: Path, colours: Path) -> None:
+    class Renamed(Two):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            one, two = super().forward(x)
+            return {"one": one, "three": two}
+
+    class Single(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    class Triple(Two):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            one, two = super().forward(x)
+            return one, two, one
+
+    renamed = failures(verify_foreign(two, against=Renamed(), data=colours))
+    assert "three: not comparable: the output is missing" in renamed
+    assert "two: not comparable: the reference has no such output" in renamed
+    assert "the file has 2 (one, two), the reference 2 (one, three); they are matched by name" in renamed
+    assert "two: not comparable: the reference has no such output" in failures(
+        verify_foreign(two, against=Single(), data=colours)
+    )
+    assert "reference output 3: not comparable: the output is missing" in failures(
+        verify_foreign(two, against=Triple(), data=colours)
+    )
+
+
+def test_too_few_images_and_images_all_alike(two: Path, colours: Path, tmp_path: Path) -> None:
+    few, copies = tmp_path / "few", tmp_path / "copies"
+    for root, count, name in ((few, 5, "0{}.png"), (copies, 5, "00.png")):
+        root.mkdir()
+        for number in range(count):
+            (root / f"{number}.png").write_bytes((colours / name.format(number)).read_bytes())
+    report = verify_foreign(two, against=Two(), data=few)
+    assert report.passed
+    assert "only 5 different images" in said(report)
+    assert "overlap of ten neighbours needs 30 images" in report.text()
+    alike = verify_foreign(two, against=Two(), data=copies)
+    assert not alike.passed
+    assert "only 1 different images" in failures(alike)
+
+
+def test_without_images_of_the_users_own(two: Path) -> None:
+    report = verify_foreign(two, against=Two())
+    assert report.passed, report.text()
+    assert "Fashion-MNIST" in report.images
+    assert "no --data" in said(report)
+
+
+# --- bad input ---
+
+
+def test_files_that_are_refused(two: Path, tmp_path: Path, colours: Path) -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x + y).mean(dim=(2, 3))
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=(2, 3))
+
+    pair = tmp_path / "pair.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Pair(), (floats(), floats()), str(pair), dynamo=False, verbose=False)
+    text, cut = tmp_path / "text.onnx", tmp_path / "cut.onnx"
+    text.write_text("not a model")
+    cut.write_bytes(two.read_bytes()[:400])
+    grey = write(Flat(), tmp_path / "grey.onnx", torch.zeros(2, 1, 8, 8), outputs=("mean",))
+    both = write(Flat(), tmp_path / "both.onnx", torch.zeros(2, 3, 8, 3), outputs=("mean",))
+    vector = write(nn.Linear(4, 2), tmp_path / "vector.onnx", torch.zeros(2, 4), outputs=("y",))
+    for path, kind, reason in (
+        (pair, BundleError, "takes 2 inputs"),
+        (text, BundleError, "not an ONNX file"),
+        (cut, BundleError, "not an ONNX file"),
+        (tmp_path / "absent.onnx", BundleError, "does not exist"),
+        (tmp_path, BundleError, "is a folder"),
+        (grey, UsageError, "three channels"),
+        (both, UsageError, "cannot be told"),
+        (vector, BundleError, "four dimensions"),
+    ):
+        with pytest.raises(kind, match=reason):
+            verify_foreign(path, against=Flat(), data=colours, image_size=None)
+    with pytest.raises(UsageError, match="takes 32 x 32 px, image size 64 was given"):
+        verify_foreign(two, against=Two(), data=colours, image_size=64)
+    with pytest.raises(UsageError, match="std is"):
+        verify_foreign(two, against=Two(), data=colours, std=(0.0, 1.0, 1.0))
+    with pytest.raises(DataError, match="does not exist"):
+        verify_foreign(two, against=Two(), data=tmp_path / "nothing")
+
+
+USERS = """
+import sys
+import torch
+from torch import nn
+
+print("loading")
+
+
+class Net(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x):
+        print("forward")
+        return x.mean(dim=(2, 3)), x.amax(dim=(2, 3))
+
+
+class Needy(Net):
+    def __init__(self, width):
+        super().__init__(width)
+
+
+def build(width=6):
+    return Net(width)
+
+
+def broken():
+    raise FileNotFoundError("weights.pt is not there")
+
+
+def number():
+    return 5
+
+
+def picky(images):
+    raise ValueError("I take no images")
+
+
+def wordy(images):
+    return "a tensor"
+
+
+net = Net()
+three = 3
+"""
+
+
+def test_what_is_found_by_name(
+    workplace: Callable[[str, str], str], tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = workplace("users_own", USERS)
+    workplace("leaves", "import sys\nsys.exit(2)\n")
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.mean(dim=(2, 3)), x.amax(dim=(2, 3))
+
+    path = write(Net(), tmp_path / "net.onnx", floats())
+    for what in ("Net", "build", "net", "net.forward"):
+        report = verify_foreign(path, against=f"{name}:{what}", data=colours)
+        assert report.passed, report.text()
+        assert report.checks[0].detail.startswith(f"{name}:{what}")
+    said = capsys.readouterr()
+    assert said.out == ""  # stdout is for the verdict
+    assert "forward" in said.err
+    for against, reason in (
+        ("users_own", "against is 'users_own'; give an importable module"),
+        ("not_there:build", "No module named 'not_there'"),
+        ("users_own:nothing", "no attribute 'nothing'"),
+        ("leaves:build", "SystemExit: 2"),
+        ("users_own:Needy", "needs arguments"),
+        ("users_own:broken", "FileNotFoundError: weights.pt is not there"),
+        ("users_own:number", "gave something of type int"),
+        ("users_own:three", "is of type int"),
+        ("users_own:picky", "raised ValueError .*I take no images"),
+        ("users_own:wordy", "gives something of type str"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            verify_foreign(path, against=against, data=colours)
