@@ -189,7 +189,8 @@ def _built(found: Callable[..., Any], words: str) -> Callable[[Any], Any]:
     if not isinstance(found, type) and _takes(found, 1):
         return found
     raise UsageError(
-        f"{words}() gave something of type {type(made).__name__}; it must give a torch.nn.Module, or take images and give outputs"
+        f"{words}() gave something of type {type(made).__name__}; it must give a torch.nn.Module, or take images and "
+        "give outputs"
     )
 
 
