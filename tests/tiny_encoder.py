@@ -5,13 +5,18 @@ Tests load it with ``runpy.run_path``: test folders are not packages. The expect
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from byol_deploy import formats
 from byol_deploy.bundle import (
     Artefact,
+    ExtraFile,
     Golden,
     GoldenFile,
     InputContract,
@@ -22,8 +27,11 @@ from byol_deploy.bundle import (
     golden_to_bytes,
     parameter_hash,
     publish,
+    seal_artefact,
     sha256_file,
 )
+from byol_deploy.golden import pixels_hash
+from byol_deploy.host import describe_host
 from byol_deploy.preprocess import Preprocessing
 
 WIDTHS = {"embedding": 8, "projection": 4, "prediction": 4}
@@ -85,10 +93,48 @@ def write_onnx(
     onnx.save(model, str(path), **save)
 
 
-def write_bundle(target: Path, side: int = 16, seed: int = 0) -> Path:
+def image_files() -> dict[str, bytes]:
+    """Image files as they come: lossless grey, transparent, and a JPEG that lies on its side."""
+    draw = np.random.default_rng(2)
+    made = {}
+    for name, mode in (("grey.png", "L"), ("alpha.png", "RGBA"), ("exif-6.jpg", "RGB")):
+        packed = io.BytesIO()
+        tag = Image.Exif()
+        tag[0x0112] = 6
+        pixels = draw.integers(0, 256, (24, 40, 4), dtype=np.uint8)
+        options = {"exif": tag, "format": "JPEG"} if name.endswith("jpg") else {"format": "PNG"}
+        Image.fromarray(pixels).convert(mode).save(packed, **options)
+        made[name] = packed.getvalue()
+    return made
+
+
+def make_golden(preprocessing: Preprocessing, seed: int = 0, files: Mapping[str, bytes] | None = None) -> Golden:
+    side = preprocessing.size_px
+    # Brighter and brighter: noise of one brightness has nearly one embedding.
+    ceilings = np.array([60, 150, 256]).reshape(3, 1, 1, 1)
+    images = np.random.default_rng(1).integers(0, ceilings, (3, side, side, 3)).astype(np.uint8)
+    pixels = preprocessing.batch((files or {}).values())
+    return Golden(
+        images,
+        expected(images, preprocessing, seed),
+        files=dict(files or {}),
+        pixels_sha256={name: pixels_hash(image) for name, image in zip(files or {}, pixels, strict=True)},
+        file_outputs=expected(pixels, preprocessing, seed) if files else {},
+    )
+
+
+def write_bundle(
+    target: Path,
+    side: int = 16,
+    seed: int = 0,
+    *,
+    sealed: bool = True,
+    precision: str = "fp32",
+    golden: Golden | None = None,
+    **save: object,
+) -> Path:
     preprocessing = Preprocessing(side, side + 4)
-    images = np.random.default_rng(1).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
-    golden = Golden(images, expected(images, preprocessing, seed))
+    golden = golden or make_golden(preprocessing, seed, image_files() if sealed else None)
     manifest = Manifest(
         model=ModelInfo(
             backbone="tests/tiny",
@@ -108,19 +154,24 @@ def write_bundle(target: Path, side: int = 16, seed: int = 0) -> Path:
     )
     with publish(target) as folder:
         (folder / "golden.npz").write_bytes(golden_to_bytes(golden))
-        write_onnx(folder / "model.onnx", preprocessing, carry(manifest, golden), seed)
+        path = folder / "model.onnx"
+        write_onnx(path, preprocessing, carry(manifest, golden, sealed=sealed), seed, **save)
+        further = [item for item in folder.iterdir() if item.name.startswith("model.onnx.")]
+        if sealed:
+            seal_artefact(path, formats.get("onnx"), precision, describe_host(), tuple(item.name for item in further))
         written = Artefact(
             file="model.onnx",
             format="onnx",
-            precision="fp32",
-            sha256=sha256_file(folder / "model.onnx"),
-            bytes=(folder / "model.onnx").stat().st_size,
+            precision=precision,
+            sha256=sha256_file(path),
+            bytes=path.stat().st_size,
+            extra_files=tuple(ExtraFile(item.name, sha256_file(item), item.stat().st_size) for item in further),
             parity={"passed": True},
             host={"cpu": "a test machine"},
         )
         replace(
             manifest,
-            golden=GoldenFile("golden.npz", sha256_file(folder / "golden.npz"), len(images)),
+            golden=GoldenFile("golden.npz", sha256_file(folder / "golden.npz"), len(golden.images)),
             artefacts=(written,),
         ).save(folder)
     return target
