@@ -141,8 +141,9 @@ def write_reproduction(
     """Write a folder that shows what one layer of a file makes of its input, and what PyTorch makes of it.
 
     In it: ``layer.onnx`` (or ``layer.torchscript.pt``), ``layer.pt2`` (or, where ``torch.export`` cannot,
-    ``layer.torch.pt`` in TorchScript), ``input.npz``, ``reproduce.py`` and ``README.txt``. The layer alone where it is at fault by itself; where it is not, or cannot be cut out, the file up to it; and the
-    whole file where that cannot be done either.
+    ``layer.torch.pt`` in TorchScript), ``input.npz``, ``reproduce.py`` and ``README.txt``. It is the layer alone where
+    that is at fault by itself; where it is not, or cannot be cut out, the file up to it; and the whole file where that
+    cannot be done either.
 
     Args:
         folder: The folder to be. It appears when it is complete.
@@ -362,7 +363,7 @@ def _save_module(module: nn.Module, given: Sequence[np.ndarray], out: Path) -> s
                 (out / "layer.pt2").unlink(missing_ok=True)
         traced = torch.jit.trace(module, example, check_trace=False)  # type: ignore[no-untyped-call]
         frozen = torch.jit.freeze(traced.eval(), optimize_numerics=False)
-        torch.jit.save(frozen, str(out / "layer.torch.pt"))  # type: ignore[no-untyped-call]
+        torch.jit.save(frozen, str(out / "layer.torch.pt"))
     return "layer.torch.pt"
 
 
