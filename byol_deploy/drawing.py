@@ -206,7 +206,7 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
         if math.isinf(value):
             return top
         exponent = math.log10(value) if value > 0 else low
-        return bottom - (min(max(exponent, low), high) - low) / (high - low) * (bottom - top - 12)
+        return float(bottom - (min(max(exponent, low), high) - low) / (high - low) * (bottom - top - 12))
 
     for key, row in values.items():
         pieces, broken = [], True
@@ -220,7 +220,8 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
             broken = False
         drawn["lines"][key] = "".join(pieces)
     past = ~(values["drift"] <= values["budget"])
-    first = next(iter(np.flatnonzero(past & ~recovers).tolist()), None)
+    leaving: list[int] = np.flatnonzero(past & ~recovers).tolist()
+    first = leaving[0] if leaving else None
     alone = np.flatnonzero((own > values["budget"]) & ~recovers).tolist()
     every = max(1, math.ceil((high - low) / 7))
     drawn["y_ticks"] = [(f"{up(10.0**power):.1f}", "10" + str(power).translate(_SUPERSCRIPT))
@@ -239,7 +240,11 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
     each = max(1, math.ceil(n / _MOST_HOVERS))
     for start in range(0, n, each):
         inside = range(start, min(start + each, n))
-        at = first if first in inside else max(inside, key=lambda place: np.nan_to_num(values["drift"][place], nan=0.0))
+        at = (
+            first
+            if first is not None and first in inside
+            else max(inside, key=lambda place: np.nan_to_num(values["drift"][place], nan=0.0))
+        )
         own_part = "" if math.isnan(own[at]) else f", by itself {own[at]:.1e}"
         said = f"{names[at]}: drift {values['drift'][at]:.1e}{own_part}, noise floor {values['noise'][at]:.1e}, "
         said += f"budget {values['budget'][at]:.1e}{', past its budget' if past[at] else ''}"
@@ -259,7 +264,7 @@ def _stage_ticks(names: Sequence[str], across: Any, right: float) -> Iterator[tu
             break
     ends = [*starts[1:], len(names)]
     taken: list[tuple[float, float]] = []
-    for start, end in sorted(zip(starts, ends, strict=True), key=lambda span: span[0] - span[1]):
+    for start, _ in sorted(zip(starts, ends, strict=True), key=lambda span: span[0] - span[1]):
         parts = heads[start].split(".")
         label = _shortened(".".join(parts[1:]) if len(parts) > 1 else parts[0], 18)
         begin = across(start)

@@ -19,7 +19,6 @@ from byol_deploy.report.plane import EmbeddingMap, embedding_map
 from byol_deploy.separation import Separation, separation
 
 
-
 @dataclass(frozen=True, eq=False)
 class FileEvidence:
     """What the comparison of one file leaves behind for a page. All of it is optional.
@@ -236,17 +235,13 @@ def _facts(manifest: Manifest) -> dict[str, list[Fact]]:
         "Files": [(artefact.file, f"sha256 {artefact.sha256}") for artefact in manifest.artefacts],
         "Written by": [("created", manifest.created), *manifest.written_by.items()],
     }  # fmt: skip
-    facts |= _environment_facts(
-        {artefact.file: artefact.host for artefact in manifest.artefacts}, manifest.written_by
-    )
+    facts |= _environment_facts({artefact.file: artefact.host for artefact in manifest.artefacts}, manifest.written_by)
     if manifest.recipe:
         facts["Training recipe"] = _flat(manifest.recipe)
     return facts
 
 
-def _environment_facts(
-    hosts: Mapping[str, Mapping[str, Any]], written_by: Mapping[str, str]
-) -> dict[str, list[Fact]]:
+def _environment_facts(hosts: Mapping[str, Mapping[str, Any]], written_by: Mapping[str, str]) -> dict[str, list[Fact]]:
     """Where the files were compared: what holds for all of them once, the rest for each."""
     told = {
         file: {str(key): str(value) for key, value in host.items()

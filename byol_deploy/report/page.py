@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Colours that hold on white and on black; the lines differ in dashes as well.
 _DRIFT_STYLE = """
-svg{background:#fff;color:#222}text{font:12px system-ui,sans-serif;fill:currentColor}.grid{stroke:currentColor;opacity:.16}
+svg{background:#fff;color:#222}text{font:12px system-ui,sans-serif;fill:currentColor}
+.grid{stroke:currentColor;opacity:.16}
 .d-line{fill:none;stroke-linecap:round}.d-drift{stroke:#1f6fb5;stroke-width:2}.d-noise{stroke:#888;stroke-dasharray:2 3}
 .d-budget{stroke:#b5651d;stroke-dasharray:7 4}.d-own{fill:none;stroke:#c62828;stroke-width:1.5}.d-first{stroke:#c62828}
 .d-name{fill:#c62828;font-weight:600}.d-hover{fill:transparent}
