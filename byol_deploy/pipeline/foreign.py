@@ -237,7 +237,8 @@ class _Trial:
         theirs, ours = list(self.file.outputs), [*self.asked.shapes, *self.asked.left_out]
         faults = []
         if set(theirs) != set(ours):
-            how = "they are matched by name; a tuple is matched in order" if self.asked.named else "matched in order"
+            by_name = f"they are matched by name: export the file with output_names={list(dict.fromkeys(ours))}"
+            how = by_name if self.asked.named else "they are matched in order: give as many"
             faults.append(
                 f"not comparable: the file has {len(theirs)} ({', '.join(theirs)}), the reference "
                 f"{len(set(ours))} ({', '.join(dict.fromkeys(ours))}); {how}"

@@ -236,6 +236,52 @@ def test_pixels_in_the_file_against_the_network_alone(tmp_path: Path, colours: P
     assert "relative L2 error" in failures(wrong)
 
 
+class Viewing(nn.Module):
+    """Flattens with ``view``, so no memory layout but its own will do. A vector, a map and a number for each image."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4 * height * width // 4, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = torch.relu(self.conv(x))
+        return self.head(x.view(x.size(0), -1)), [x, x.mean(dim=(1, 2, 3))]
+
+
+@pytest.mark.parametrize("batch", [1, None])
+def test_sides_that_differ_outputs_of_any_rank_and_a_view(tmp_path: Path, colours: Path, batch: int | None) -> None:
+    net = Viewing(32, 48)
+    example = torch.randn(batch or 2, 3, 32, 48)
+    path = write(net, tmp_path / "view.onnx", example, batch=batch is None, outputs=("vector", "map", "number"))
+    report = verify_foreign(path, against=net, data=colours)
+    assert report.passed, report.text()
+    assert "32 x 48 px" in report.checks[0].detail
+    assert {row.output for row in report.artefacts[0].parity.rows} == {"vector", "map", "number"}
+    assert "fixed numbers" not in said(report)
+    with torch.no_grad():
+        net.head.bias += 1e-3
+    assert {line.split(": ")[1] for line in failures(verify_foreign(path, against=net, data=colours)).splitlines()} == {
+        "vector"
+    }
+
+
+def test_channels_last_in_floating_point_against_channels_first(tmp_path: Path, colours: Path) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Two()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x.permute(0, 3, 1, 2))
+
+    path = write(Last(), tmp_path / "last.onnx", torch.randn(3, SIZE, SIZE, 3))
+    report = verify_foreign(path, against=Two(), data=colours)
+    assert report.passed, report.text()
+    assert "takes float32 (N, 3, H, W)" in report.checks[0].detail
+    assert "the file takes float32 (N, H, W, 3)" in report.checks[0].detail
+
+
 def test_resnet18_of_torchvision(tmp_path: Path, colours: Path) -> None:
     torch.manual_seed(0)
     net = torchvision.models.resnet18(weights=None).eval()
@@ -453,7 +499,7 @@ def test_other_names_and_counts(two: Path, colours: Path) -> None:
     renamed = failures(verify_foreign(two, against=Renamed(), data=colours))
     assert "three: not comparable: the output is missing" in renamed
     assert "two: not comparable: the reference has no such output" in renamed
-    assert "the file has 2 (one, two), the reference 2 (one, three); they are matched by name" in renamed
+    assert "the file has 2 (one, two), the reference 2 (one, three); they are matched by name: export" in renamed
     assert "two: not comparable: the reference has no such output" in failures(
         verify_foreign(two, against=Single(), data=colours)
     )
