@@ -94,16 +94,18 @@ def write_onnx(
 
 
 def image_files() -> dict[str, bytes]:
-    """Image files as they come: lossless grey, transparent, and a JPEG that lies on its side."""
+    """Image files as they come: lossless grey, transparent and lying on its side, and a JPEG that lies so too."""
     draw = np.random.default_rng(2)
+    tag = Image.Exif()
+    tag[0x0112] = 6
     made = {}
-    for name, mode in (("grey.png", "L"), ("alpha.png", "RGBA"), ("exif-6.jpg", "RGB")):
+    for name, mode in (("grey.png", "L"), ("alpha.png", "RGBA"), ("exif-6.png", "RGB"), ("exif-6.jpg", "RGB")):
         packed = io.BytesIO()
-        tag = Image.Exif()
-        tag[0x0112] = 6
-        pixels = draw.integers(0, 256, (24, 40, 4), dtype=np.uint8)
-        options = {"exif": tag, "format": "JPEG"} if name.endswith("jpg") else {"format": "PNG"}
-        Image.fromarray(pixels).convert(mode).save(packed, **options)
+        image = Image.fromarray(draw.integers(0, 256, (24, 40, 4), dtype=np.uint8)).convert(mode)
+        if name.endswith("jpg"):
+            image.save(packed, "JPEG", exif=tag)
+        else:
+            image.save(packed, "PNG", **({"exif": tag} if "exif" in name else {}))
         made[name] = packed.getvalue()
     return made
 
