@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ _MOST_GROUPS = 12
 _MOST_CURVE_POINTS = 400
 _MOST_PNG_BYTES = 8_000
 _MOST_HOVERS = 500
+_MOST_PARTS = 12
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -254,24 +255,42 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
     return drawn
 
 
-def _stage_ticks(names: Sequence[str], across: Any, right: float) -> Iterator[tuple[int, str]]:
-    """Where the stages of a network begin, with labels that fit beside each other; long stages come first."""
+def _stage_ticks(names: Sequence[str], across: Callable[[float], float], right: float) -> list[tuple[int, str]]:
+    """Where the parts of a network begin: the longest part is divided first, as long as the labels fit."""
     paths = [re.split(r"[ (]", name)[0].split(".") for name in names]
-    for depth in (3, 2, 1):
-        heads = [".".join(path[:depth]) for path in paths]
-        starts = [at for at in range(len(heads)) if at == 0 or heads[at] != heads[at - 1]]
-        if len(starts) <= 14:
+    spans = _parts(paths, 0, len(paths), 1)
+    whole: set[tuple[int, int, int]] = set()
+    while len(spans) < _MOST_PARTS:
+        start, end, depth = max(
+            (span for span in spans if span not in whole), key=lambda s: s[1] - s[0], default=(0, 0, 0)
+        )
+        if end - start < 2:
             break
-    ends = [*starts[1:], len(names)]
+        parts = _parts(paths, start, end, depth + 1)
+        if len(spans) + len(parts) - 1 > _MOST_PARTS or len(parts) == end - start or parts == [(start, end, depth)]:
+            whole.add((start, end, depth))
+            continue
+        at = spans.index((start, end, depth))
+        spans[at : at + 1] = parts
     taken: list[tuple[float, float]] = []
-    for start, _ in sorted(zip(starts, ends, strict=True), key=lambda span: span[0] - span[1]):
-        parts = heads[start].split(".")
-        label = _shortened(".".join(parts[1:]) if len(parts) > 1 else parts[0], 18)
+    ticks = []
+    for start, _, depth in sorted(spans, key=lambda span: span[0] - span[1]):
+        head = paths[start][:depth]
+        # A bare number says nothing: `stages.2`.
+        label = _shortened(".".join(head[-2:] if head[-1].isdigit() else head[-1:]), 18)
         begin = across(start)
         finish = begin + 6.2 * len(label) + 8
         if finish <= right + 8 and all(finish <= other or begin >= last for other, last in taken):
             taken.append((begin, finish))
-            yield start, label
+            ticks.append((start, label))
+    return sorted(ticks)
+
+
+def _parts(paths: Sequence[Sequence[str]], start: int, end: int, depth: int) -> list[tuple[int, int, int]]:
+    """Runs of equal first ``depth`` names between ``start`` and ``end``, each as its start, end and depth."""
+    heads = [tuple(path[:depth]) for path in paths[start:end]]
+    begins = [start + at for at in range(len(heads)) if at == 0 or heads[at] != heads[at - 1]]
+    return [(one, other, min(depth, len(paths[one]))) for one, other in zip(begins, [*begins[1:], end], strict=True)]
 
 
 def _shortened(text: str, most: int) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 
 from byol_deploy.parity import FEWEST_FOR_NEIGHBOURS
 
-
 CROWDED = 0.95
 """Mean cosine between different images above which embeddings are called crowded."""
 

@@ -50,3 +50,20 @@ def test_synthetic_images() -> None:
     assert batch.shape == (5, 9, 9, 3)
     assert (batch[0].max(), batch[1].min()) == (0, 255)
     assert len({image.tobytes() for image in batch}) == 5
+
+
+def test_a_weight_into_which_batch_norm_was_folded_is_neither_kept_nor_a_fault() -> None:
+    weight = np.random.default_rng(0).normal(size=(5, 3, 3, 3)).astype(np.float32)
+    factor = np.array([0.5, -2, 1, 3, 0.1], np.float32)[:, None, None, None]
+    proof = prove_branch({"conv.weight": weight * factor}, {"conv.weight": weight}, {})
+    assert (proof.passed, proof.kept, proof.absent) == (True, 0, ("conv.weight",))
+    moved = weight * factor
+    moved[2, 1, 1, 1] += 0.01
+    assert not prove_branch({"conv.weight": moved}, {"conv.weight": weight}, {}).passed
+
+
+def test_a_rounded_weight_is_kept_at_the_precision_that_it_promises() -> None:
+    weight = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    rounded = {"w": weight.astype(np.float16)}
+    assert prove_branch(rounded, {"w": weight}, {}, precision="fp16").kept == 1
+    assert not prove_branch({"w": rounded["w"] * np.float16(1.1) + 1}, {"w": weight}, {}, precision="fp16").passed

@@ -79,7 +79,7 @@ class OnnxLayers:
         self._path, self._options = path, options
         self._graph = _Graph(self._model.graph)
         self._shapes = {number: values.shape for number, values in enumerate(slots)}
-        found, unmatched = _find(self._graph, calls)
+        found, unmatched = _find(self._graph, calls, slots)
         self._input = _input_slot(self._graph.input, calls)
         self._preprocessed = slots[self._input] if self._input is not None else None
         self._observed: Any = None
@@ -272,7 +272,7 @@ class OnnxLayers:
             # The runtime's own words for a file that opens and cannot compute.
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BundleError(f"{self._path.name} cannot be run layer by layer: {first[:300]}") from error
-        return [np.asarray(value)[:1] for value in values]
+        return [np.atleast_1d(value)[:1] for value in values]
 
 
 class _Graph:
@@ -349,7 +349,9 @@ class _Graph:
         return [self.nodes[place] for place in sorted(needed)], tuple(sorted(reached))
 
 
-def _find(graph: _Graph, calls: Sequence[Call]) -> tuple[list[_Found], dict[tuple[str, int], str]]:
+def _find(
+    graph: _Graph, calls: Sequence[Call], slots: Sequence[np.ndarray]
+) -> tuple[list[_Found], dict[tuple[str, int], str]]:
     """The values of the file that should hold tensors of the reference, in the file's order; and what has none."""
     leaves = leaf_calls(calls)
     by_path: dict[str, list[Call]] = {}
@@ -375,10 +377,11 @@ def _find(graph: _Graph, calls: Sequence[Call]) -> tuple[list[_Found], dict[tupl
     for path, ours in by_path.items():
         for call in ours:
             first = firsts.get((path, call.number if call.of > 1 else 0))
-            if first is None or call.input is None:
+            # The images themselves are no operation's, even where a file casts them first.
+            if first is None or call.input is None or not np.issubdtype(slots[call.input].dtype, np.floating):
                 continue
             reads = [name for name in _reads(graph.nodes[first]) if name in graph.dynamic]
-            # What a functional operation made and a module takes. The images themselves are no operation.
+            # What a functional operation made and a module takes.
             if len(set(reads)) == 1 and reads[0] in graph.maker and reads[0] not in found:
                 found[reads[0]] = _Found(reads[0], call.input, "", -1, "operation")
     whole = calls[-1]

@@ -158,6 +158,8 @@ class _Walk:
         # The tensors are kept, so that their ids stay theirs.
         self.known: dict[tuple[int, int], tuple[Any, int]] = {}
         self._numbers: Counter[str] = Counter()
+        # Memory of the file's own tensors, which must stay as they are.
+        self._kept = {tensor.untyped_storage().data_ptr() for tensor in file._module.state_dict().values()}
         self._since: list[str] = []
 
     def show(self, key: tuple[str, int, str], slot: int, value: Any, path: str, kind: str, after: Any) -> Any:
@@ -174,8 +176,12 @@ class _Walk:
         if self.slots is not None:
             layout = self.file._layouts.get(key)
             if layout is not None:
-                fed = layout.to_file(self.slots[slot])
-                value = torch.from_numpy(np.ascontiguousarray(fed)).to(value.device, value.dtype)
+                fed = torch.from_numpy(np.ascontiguousarray(layout.to_file(self.slots[slot])))
+                if value.untyped_storage().data_ptr() in self._kept or 0 in value.stride():
+                    value = fed.to(value.device, value.dtype)
+                else:
+                    # In place: others than the module that is called next may read it, a residual addition above all.
+                    value.copy_(fed)
         self.known[id(value), value._version] = (value, len(self.shown) - 1)
         return value
 
@@ -218,11 +224,15 @@ class _Walk:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _node(self, node: Any, values: _Values, paths: dict[str, str]) -> None:
+        import torch
+
         kind = node.kind()
         given = [values[value.debugName()] for value in node.inputs()]
         names = [value.debugName() for value in node.outputs()]
         if kind == "prim::Constant":
-            values[names[0]] = node.output().toIValue()
+            constant = values[names[0]] = node.output().toIValue()
+            if isinstance(constant, torch.Tensor):
+                self._kept.add(constant.untyped_storage().data_ptr())
         elif kind == "prim::GetAttr":
             name = node.s("name")
             owner = paths[node.input().debugName()]
@@ -236,8 +246,6 @@ class _Walk:
         elif kind in ("prim::ListUnpack", "prim::TupleUnpack"):
             values.update(zip(names, given[0], strict=True))
         elif kind == "prim::NumToTensor":
-            import torch
-
             values[names[0]] = torch.tensor(given[0])
         elif kind.startswith("aten::") and not list(node.blocks()):
             results = self._operate(node, given)

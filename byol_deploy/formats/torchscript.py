@@ -93,13 +93,13 @@ class _TorchScript:
         import torch
 
         module = _open(path, torch.device("cpu"))
-        found = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+        found = {name: _array(tensor) for name, tensor in module.state_dict().items()}
         with _quiet():
             code = module.inlined_graph  # each access makes a new one, and nodes do not keep theirs alive
             for node in code.findAllNodes("prim::Constant"):
                 output = node.output()
                 if str(output.type()) == "Tensor":
-                    found[f"constant.{output.debugName()}"] = output.toIValue().detach().numpy()
+                    found[f"constant.{output.debugName()}"] = _array(output.toIValue())
         return found
 
     def carried(self, path: Path) -> dict[str, str]:
@@ -166,6 +166,14 @@ def _device(provider: str) -> Any:
     if name == "cuda" and not torch.cuda.is_available():
         raise ProviderError("PyTorch finds no CUDA device here; use the provider cpu")
     return torch.device(name)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """As NumPy holds it; bfloat16, which NumPy lacks, as the same values in float32."""
+    import torch
+
+    values: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+    return values
 
 
 def _open(path: Path, device: Any) -> Any:

@@ -21,6 +21,7 @@ from byol_deploy.parity.comparing import (
 from byol_deploy.parity.limits import (
     LEAST_AGREEMENT,
     LEAST_REL_L2,
+    LOOSE_MARGIN,
     MOST_MARGIN,
     NOISE_MULTIPLE,
     AnyLimit,
@@ -49,6 +50,7 @@ __all__ = [
     "FEWEST_FOR_OVERLAP",
     "LEAST_AGREEMENT",
     "LEAST_REL_L2",
+    "LOOSE_MARGIN",
     "MOST_MARGIN",
     "NOISE_MULTIPLE",
     "AnyLimit",

@@ -59,7 +59,8 @@ class Layer:
         own: The same when all that the layer reads is the reference's; None where the file cannot be fed.
         noise: Relative L2 distance of the model's own float32 from its float64 there.
         budget: What ``drift`` and ``own`` may be.
-        recovers: All that is computed from it is within its budget: the file only orders the work in another way.
+        recovers: All that is computed from it is within its budget, or recovers too: the file orders the work in another
+            way, or nothing depends on the difference.
     """
 
     path: str
@@ -231,13 +232,14 @@ class Explanation:
         }
 
     def series(self) -> dict[str, list[Any]]:
-        """For a plot: ``names``, ``drift``, ``own``, ``noise``, ``budget``, one entry per layer; NaN for none."""
+        """For a plot: ``names``, ``drift``, ``own`` (NaN for none), ``noise``, ``budget``, ``recovers``, each per layer."""
         return {
             "names": [layer.title for layer in self.layers],
             "drift": [layer.drift for layer in self.layers],
             "own": [math.nan if layer.own is None else layer.own for layer in self.layers],
             "noise": [layer.noise for layer in self.layers],
             "budget": [layer.budget for layer in self.layers],
+            "recovers": [layer.recovers for layer in self.layers],
         }
 
 
@@ -338,6 +340,11 @@ def _rows(
     for place, point in enumerate(file.points):
         for before in point.after:
             readers.setdefault(before, []).append(place)
+    recovers = [False] * len(past)
+    for place in reversed(range(len(past))):  # readers come later
+        # What the whole gives out is read by its user: nothing behind it can make it good.
+        if past[place] and readers.get(place) and file.points[place].slot not in recorded.outputs():
+            recovers[place] = all(not past[reader] or recovers[reader] for reader in readers[place])
     sources = {(call.path, call.number): call.source for call in recorded.calls}
     return tuple(
         Layer(
@@ -347,12 +354,13 @@ def _rows(
             point.kind,
             point.nodes,
             point.name,
-            point.source or sources.get((point.path, max(point.number, 0)), ""),
+            # Where its module is called says nothing about an operation inside.
+            point.source or ("" if point.kind == "operation" else sources.get((point.path, max(point.number, 0)), "")),
             float(drift[place]),
             None if math.isnan(own[place]) else float(own[place]),
             float(noise[place]),
             budgets[place],
-            past[place] and bool(readers.get(place)) and not any(past[reader] for reader in readers[place]),
+            recovers[place],
         )
         for place, point in enumerate(file.points)
     )

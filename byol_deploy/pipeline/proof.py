@@ -16,6 +16,8 @@ from byol_deploy.errors import BundleError, ProviderError
 from byol_deploy.formats import Format, Run, RunOptions
 from byol_deploy.parity import (
     LEAST_AGREEMENT,
+    LOOSE_MARGIN,
+    MOST_MARGIN,
     AnyLimit,
     FidelityLimit,
     ParityReport,
@@ -113,6 +115,8 @@ def prove_branch(
             absent.append(name)
         elif stored[name].shape == array.shape and _same(stored[name], array, precision):
             kept += 1
+        elif _folded(stored[name], array):
+            absent.append(name)
         else:
             faults.append(f"{name} has other values than the online branch")
     if len(faults) > 5:
@@ -153,6 +157,19 @@ def matrix(format: Format, base: RunOptions) -> list[Condition]:
             Condition(replace(base, provider=name), size, f"provider {name}") for name in format.providers()[1:]
         ]
     return conditions
+
+
+def _folded(stored: np.ndarray, online: np.ndarray) -> bool:
+    """Whether a weight is the online one times a factor for each output channel: batch norm was folded into it.
+
+    Such a factor is no proof for or against a branch; what it does to the outputs the comparison shows.
+    """
+    if stored.shape != online.shape or online.ndim < 2 or stored.dtype.kind != "f":
+        return False
+    rows, ours = stored.reshape(len(stored), -1).astype(np.float64), online.reshape(len(online), -1).astype(np.float64)
+    length = (ours**2).sum(axis=1)
+    factor = (rows * ours).sum(axis=1) / np.where(length > 0, length, 1.0)
+    return bool(np.allclose(rows, factor[:, None] * ours, rtol=1e-5, atol=1e-6 * float(np.abs(rows).max(initial=0.0))))
 
 
 def _same(stored: np.ndarray, online: np.ndarray, precision: str) -> bool:
@@ -233,11 +250,20 @@ def _noting(outputs: dict[str, np.ndarray], name: str, noted: list[np.ndarray]) 
 
 
 def limits_for(images: ImageSet, precision: str, *, agreement: bool = False) -> Mapping[str, AnyLimit]:
-    """What a file of this precision may differ by on these images."""
+    """What a file of this precision may differ by on these images.
+
+    At reduced precision the first output decides, the embedding: it is what is deployed. The heads behind it, which
+    serve training, and images that no calibration has seen are held to less.
+    """
     if precision == "fp32":
         return images.limits
+    first = next(iter(images.limits), None)
     return {
-        name: FidelityLimit(agreement=LEAST_AGREEMENT if agreement else None, apart=limit.apart)
+        name: FidelityLimit(
+            MOST_MARGIN if name == first and images.different else LOOSE_MARGIN,
+            LEAST_AGREEMENT if name == first and agreement else None,
+            limit.apart,
+        )
         for name, limit in images.limits.items()
     }
 

@@ -41,7 +41,7 @@ GOLDEN_FILES = (
 )  # fmt: skip
 """The awkward files that travel with an export, 30 kB: they test a device's own decoder and preprocessing."""
 _USERS_FILES = 8
-_FOR_STATISTICS = 32
+_FOR_STATISTICS = 64
 _BATCH = 16
 
 

@@ -323,14 +323,14 @@ def _run_rewired(graph: nn.Module, calls: Sequence[Call], feeds: dict[int, Any],
         numbers[path] = under_way[-1] + 1
         call = by_key[path, under_way[-1]]
         if call.input == target and not caught:
-            caught.append(args[0])
-        return (feeds[call.input], *args[1:]) if call.input in feeds and args else None
+            caught.append(args[0].clone())  # before an operation in place changes it
+        return (feeds[call.input].clone(), *args[1:]) if call.input in feeds and args else None
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = by_key[names[id(module)], under_way.pop()]
         if call.outputs and call.outputs[0] == target and not caught:
-            caught.append(output[0] if isinstance(output, tuple | list) else output)
-        return feeds[call.outputs[0]] if len(call.outputs) == 1 and call.outputs[0] in feeds else None
+            caught.append((output[0] if isinstance(output, tuple | list) else output).clone())
+        return feeds[call.outputs[0]].clone() if len(call.outputs) == 1 and call.outputs[0] in feeds else None
 
     handles = []
     try:

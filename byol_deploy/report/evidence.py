@@ -192,7 +192,14 @@ def _shown(evidence: Mapping[str, FileEvidence]) -> _Shown:
 
 
 def _verdict(blocks: Sequence[ParityBlock], faults: Sequence[str] = ()) -> str:
-    reasons = [f"{block.artefact}: {reason}" for block in blocks for reason in block.failures[:3]]
+    reasons = []
+    for block in blocks:
+        why = block.failures
+        bad = sum(not row.passed for row in block.report.rows)
+        if why:
+            many = f"{bad} of {len(block.report.rows)} comparisons failed; " if bad > 1 else ""
+            more = f"; and {len(why) - 1} more, below" if len(why) > 1 else ""
+            reasons.append(f"{block.artefact}: {many}{why[0]}{more}")
     reasons += faults
     if reasons:
         return f"Do not use it: {'; '.join(reasons)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,7 +13,7 @@ from byol_deploy import __version__
 from byol_deploy.atomic import publish_file
 from byol_deploy.drawing import draw_curve, draw_drift, draw_map, picture
 from byol_deploy.errors import MissingExtraError
-from byol_deploy.parity import NOISE_MULTIPLE, ParityReport
+from byol_deploy.parity import NOISE_MULTIPLE, ParityReport, ParityRow
 from byol_deploy.report import numbers
 from byol_deploy.report.gallery import ChangedGallery, Gallery
 from byol_deploy.report.plane import EmbeddingMap
@@ -104,10 +105,22 @@ class ParityBlock:
 
     @property
     def failures(self) -> list[str]:
-        """Why it did not pass, one sentence each."""
+        """Why it did not pass: one sentence for each output and kind of failure."""
         if self.status != "fail":
             return []
-        return [*([self.fault] if self.fault else []), *([] if self.report.passed else self.report.failures)]
+        said = [self.fault] if self.fault else []
+        if not self.report.rows:
+            return [*said, *self.report.failures]
+        kinds: dict[tuple[str, str], list[ParityRow]] = {}
+        for row in self.report.rows:
+            if not row.passed:
+                kinds.setdefault((row.output, re.sub(r"\d[\d.e+-]*", "", row.reason)), []).append(row)
+        # 28 comparisons of one bad file say one thing 28 times: the worst of those that differ in numbers only.
+        for rows in kinds.values():
+            worst = max(rows, key=lambda row: row.severity)
+            more = f" (the worst of {len(rows)} like it)" if len(rows) > 1 else ""
+            said.append(f"{worst.subject.removeprefix(f'{self.artefact}, ')}: {worst.output}: {worst.reason}{more}")
+        return said
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +209,7 @@ def write_report(
         changed=changed,
         drift=[(block, draw_drift(block.series)) for block in drift],
         map=None if map is None else _drawn(map),
-        maps=[_drawn(one) for one in maps],
+        maps=_together([_drawn(one) for one in maps]),
         curves=[draw_curve(name, *series) for name, series in (curves or {}).items()],
         facts=facts or {},
         fold_from=FEWEST_ROWS_TO_FOLD,
@@ -250,6 +263,25 @@ def _environment() -> jinja2.Environment:
 def _drawn(found: EmbeddingMap) -> dict[str, Any]:
     drawn = draw_map(found.points, found.labels, found.names, moved=found.moved)
     return drawn | {"method": found.method, "title": found.title}
+
+
+def _together(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Maps on which nothing can be seen to move show the same points: one drawing for all of them."""
+    found: list[dict[str, Any]] = []
+    for one in drawn:
+        same = next(
+            (old for old in found if not one["moved"] and not old["moved"] and _looks(one) == _looks(old)), None
+        )
+        if same is None:
+            found.append(one)
+        else:
+            same["title"] = f"{same['title']}, {one['title']}"
+            same["largest"] = max(same["largest"] or 0.0, one["largest"] or 0.0)
+    return found
+
+
+def _looks(drawn: Mapping[str, Any]) -> list[str]:
+    return [group["path"] for group in drawn["groups"]]
 
 
 def _sentence(text: str) -> str:
