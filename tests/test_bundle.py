@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -17,11 +19,14 @@ import numpy as np
 import pytest
 
 from byol_deploy import bundle as bundle_module
+from byol_deploy import formats
 from byol_deploy import golden as golden_module
 from byol_deploy.bundle import (
+    CARRIED_ARTEFACT_KEY,
     CARRIED_GOLDEN_KEY,
     CARRIED_MANIFEST_KEY,
     Bundle,
+    CarriedArtefact,
     Golden,
     Manifest,
     carry,
@@ -29,7 +34,9 @@ from byol_deploy.bundle import (
     golden_to_bytes,
     parameter_hash,
     publish,
+    read_artefact,
     read_carried,
+    seal_artefact,
     sha256_file,
 )
 from byol_deploy.errors import BundleError, OutputError
@@ -283,6 +290,60 @@ def test_golden_cases_come_back_and_numpy_reads_them() -> None:
     np.testing.assert_array_equal(np.load(io.BytesIO(data), allow_pickle=False)["images"], golden.images)
 
 
+def with_files(count: int = 2, **changes: Any) -> Golden:
+    """Golden cases with image files; any bytes will do here."""
+    golden = cases()
+    files = {f"picture-{number}.png": bytes([number + 1]) * 5 for number in range(count)}
+    values = {
+        "files": files,
+        "pixels_sha256": {name: f"{number:064x}" for number, name in enumerate(files)},
+        "file_outputs": {name: np.ones((count, rows.shape[1]), np.float32) for name, rows in golden.outputs.items()},
+    }
+    return Golden(golden.images, golden.outputs, **(values | changes))
+
+
+def test_golden_files_come_back_in_their_order() -> None:
+    golden = with_files(files := 5)
+    data = golden_to_bytes(golden)
+    assert data == golden_to_bytes(golden)
+    back = golden_from_bytes(data)
+    assert list(back.files) == list(golden.files)
+    assert back.files == golden.files
+    assert back.pixels_sha256 == golden.pixels_sha256
+    assert back.file_outputs["embedding"].shape == (files, 8)
+    assert golden_from_bytes(golden_to_bytes(cases())).files == {}
+
+
+def test_golden_cases_of_an_older_version_are_read() -> None:
+    golden = cases()
+    stream = io.BytesIO()
+    np.savez(stream, images=golden.images, **{f"outputs.{name}": rows for name, rows in golden.outputs.items()})
+    back = golden_from_bytes(stream.getvalue())
+    np.testing.assert_array_equal(back.outputs["embedding"], golden.outputs["embedding"])
+    assert back.files == back.pixels_sha256 == back.file_outputs == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"files": {"../x": b"1"}}, "is called"),
+        ({"files": {"x": b""}}, "0 bytes"),
+        ({"files": {"x": b"1" * (golden_module.MAX_GOLDEN_FILE_BYTES + 1)}}, "allowed"),
+        ({"files": {f"{number}": b"1" for number in range(65)}}, "at most 64"),
+        ({"pixels_sha256": {}}, "same names"),
+        ({"pixels_sha256": {"picture-0.png": "ff", "picture-1.png": "ff"}}, "64 hex"),
+        ({"file_outputs": {}}, "same outputs"),
+        ({"file_outputs": {name: np.ones((3, 8), np.float32) for name in cases().outputs}}, r"\(2, D\)"),
+        ({"file_outputs": {name: np.ones((2, 99), np.float32) for name in cases().outputs}}, "two widths"),
+        ({"file_outputs": {name: np.full((2, 8), np.inf, np.float32) for name in cases().outputs}}, "infinite"),
+        ({"files": {}, "pixels_sha256": {}}, "same outputs"),
+    ],
+)
+def test_golden_files_that_cannot_be(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        with_files(**changes)
+
+
 def packed(**members: bytes | np.ndarray) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -320,6 +381,9 @@ ROWS = np.zeros((1, 2), np.float32)
         (packed(images=IMAGES, outputs__embedding=np.full((1, 2), np.nan, np.float32)), "NaN"),
         (packed(images=IMAGES, outputs__embedding=np.zeros((2, 2), np.float32)), r"\(1, D\)"),
         (golden_to_bytes(cases())[:-30], "damaged"),
+        (packed(images=IMAGES, outputs__embedding=ROWS, **{"files__a.png": ROWS}), "not bytes"),
+        (packed(images=IMAGES, outputs__embedding=ROWS, **{"files__a.png": IMAGES[0, 0, 0]}), "same names"),
+        (packed(images=IMAGES, outputs__embedding=ROWS, file_outputs__embedding=ROWS), "same outputs"),
     ],
 )
 def test_golden_cases_from_a_stranger(data: bytes, said: str) -> None:
@@ -374,6 +438,109 @@ def test_carried_metadata_from_a_stranger(whole: Path) -> None:
         read_carried(metadata | {CARRIED_GOLDEN_KEY: "not base64!"})
     with pytest.raises(BundleError, match=r"manifest in x\.onnx is not JSON"):
         read_carried(metadata | {CARRIED_MANIFEST_KEY: "{"}, "x.onnx")
+
+
+def test_cases_from_files_must_cover_the_outputs(whole: Path) -> None:
+    opened = Bundle.open(whole)
+    outputs = {name: values for name, values in opened.golden.outputs.items() if name != "prediction"}
+    files = {name: values for name, values in opened.golden.file_outputs.items() if name != "prediction"}
+    golden = dataclasses.replace(opened.golden, outputs=outputs, file_outputs=files)
+    with pytest.raises(BundleError, match="prediction has no golden cases") as caught:
+        read_carried(carry(opened.manifest, golden))
+    assert "from files" in str(caught.value)
+
+
+# --- the seal ----------------------------------------------------------------------------------------------------
+
+SEAL = CarriedArtefact(
+    "onnx",
+    "int8",
+    f"sha256:{'0' * 64}",
+    ("model.onnx.data",),
+    {"machine": "x86_64", "threads": "2"},
+    {CARRIED_GOLDEN_KEY: f"sha256:{'1' * 64}"},
+)
+
+
+def resealed(change: Callable[[dict[str, Any]], object]) -> str:
+    """A seal with other values and the right hash of itself: what a stranger could write."""
+    data = json.loads(SEAL.to_json())
+    del data["sha256"]
+    change(data)
+    text = json.dumps(data, sort_keys=True, indent=1)
+    data["sha256"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    return json.dumps(data, sort_keys=True, indent=1)
+
+
+def test_a_seal_comes_back_and_ignores_what_a_later_version_adds() -> None:
+    assert CarriedArtefact.from_json(SEAL.to_json()) == SEAL
+    assert CarriedArtefact.from_json(resealed(lambda data: data.update(signed_by="someone"))) == SEAL
+
+
+def test_every_changed_character_of_a_seal_is_caught() -> None:
+    text = SEAL.to_json()
+    draw = np.random.default_rng(0)
+    for place in range(len(text)):
+        other = chr(ord(text[place]) ^ (1 << int(draw.integers(7))))
+        with pytest.raises(BundleError, match="seal of"):
+            CarriedArtefact.from_json(text[:place] + other + text[place + 1 :])
+    for changed in (text + " ", " " + text, text.replace("\n", ""), text[:-1]):
+        with pytest.raises(BundleError, match="seal of"):
+            CarriedArtefact.from_json(changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.update(format=3), "format is 3"),
+        (lambda data: data.update(precision="FP 32"), "precision is 'FP 32'"),
+        (lambda data: data.update(content="sha256:0"), "content is"),
+        (lambda data: data.update(extra_files=["../secret"]), "extra_files is"),
+        (lambda data: data.update(extra_files="x"), "extra_files is"),
+        (lambda data: data.update(host={"a": 1}), "host is"),
+        (lambda data: data.update(host={"a": "x" * 501}), "host is"),
+        (lambda data: data.update(host={"a": "line\nbreak"}), "host is"),
+        (lambda data: data.update(host={str(number): "" for number in range(65)}), "host is"),
+        (lambda data: data.update(texts={"a": "b"}), "texts is"),
+        (lambda data: data.pop("host"), "host is missing"),
+        (lambda data: (data.pop("content"), data.pop("texts")), r"2 fault\(s\)"),
+    ],
+)
+def test_a_seal_from_a_stranger(change: Callable[[dict[str, Any]], object], said: str) -> None:
+    with pytest.raises(BundleError, match=said):
+        CarriedArtefact.from_json(resealed(change))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "{}", "[" * 100_000, '{"a": NaN}', '{"a": 1e999}', "9" * 9999])
+def test_a_seal_that_is_none(text: str) -> None:
+    with pytest.raises(BundleError, match="seal of x"):
+        CarriedArtefact.from_json(text, "x")
+
+
+def test_a_seal_covers_the_other_texts_and_cannot_get_lost(whole: Path) -> None:
+    texts = formats.get("onnx").carried(whole / "model.onnx")
+    assert read_artefact(texts) is not None
+    assert read_artefact(texts | {"somebody.else": "x"}) == read_artefact(texts)
+    for changed, said in (
+        (texts | {CARRIED_MANIFEST_KEY: texts[CARRIED_MANIFEST_KEY] + " "}, CARRIED_MANIFEST_KEY),
+        (texts | {"byol_deploy.more": "x"}, "byol_deploy.more"),
+        ({key: text for key, text in texts.items() if key != CARRIED_GOLDEN_KEY}, CARRIED_GOLDEN_KEY),
+        ({key: text for key, text in texts.items() if key != CARRIED_ARTEFACT_KEY}, "its seal is gone"),
+    ):
+        with pytest.raises(BundleError, match=said):
+            read_artefact(changed, "x.onnx")
+    opened = Bundle.open(whole)
+    assert read_artefact(carry(opened.manifest, opened.golden)) is None
+
+
+def test_what_no_reader_would_take_is_not_sealed(tmp_path: Path, whole: Path) -> None:
+    opened = Bundle.open(whole)
+    path = tmp_path / "x.onnx"
+    tiny["write_onnx"](path, opened.manifest.preprocessing, carry(opened.manifest, opened.golden, sealed=True))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="precision is"):
+        seal_artefact(path, formats.get("onnx"), "FP 32", {})
+    assert path.read_bytes() == before
 
 
 # --- publishing ------------------------------------------------------------------------------------------------

@@ -116,6 +116,32 @@ def test_a_changed_byte_is_refused(tmp_path: Path) -> None:
     assert run("verify", broken).returncode == 3
 
 
+def test_a_flipped_byte_in_a_lone_file_fails(tmp_path: Path) -> None:
+    content = bytearray((BUNDLE / "model.onnx").read_bytes())
+    draw = np.random.default_rng(0)
+    path = tmp_path / "mailed.onnx"
+    path.write_bytes(content)
+    assert run("verify", path).returncode == 0
+    for place in draw.integers(0, len(content), 3).tolist():
+        changed = content.copy()
+        changed[place] ^= 1 << int(draw.integers(8))
+        path.write_bytes(changed)
+        shown = run("verify", path)
+        assert shown.returncode in (3, 5), f"byte {place}: {shown.stdout}{shown.stderr}"
+
+
+def test_the_self_test_needs_no_network(tmp_path: Path) -> None:
+    lone = shutil.copy(BUNDLE / "model.onnx", tmp_path / "mailed.onnx")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({TRAINING_SIDE})); import socket; socket.socket = None; "
+        "from byol_deploy.selftest import self_test; found = self_test(sys.argv[1]); print(found.text()); "
+        "sys.exit(not found.passed)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, lone], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert shown.stdout.startswith("PASS")
+
+
 @pytest.mark.parametrize("suffix", ["npy", "csv"])
 def test_embed_writes_one_row_an_image_and_counts_the_bad_one(suffix: str, photographs: Path, tmp_path: Path) -> None:
     out = tmp_path / f"x.{suffix}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,23 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
     return run("from byol_deploy.cli.main import main; main()", *words)
 
 
-MODULES = ("images", "preprocess", "manifest", "bundle", "atomic", "providers", "runtime", "embedding", "environment")
+MODULES = (
+    "images",
+    "preprocess",
+    "manifest",
+    "golden",
+    "sealing",
+    "bundle",
+    "atomic",
+    "providers",
+    "runtime",
+    "embedding",
+    "environment",
+    "host",
+    "selftest",
+    "formats.onnx",
+    "formats.torchscript",
+)
 
 
 @pytest.mark.parametrize("module", [*MODULES, "inspection", "cli.main"])
@@ -53,6 +70,40 @@ def test_bundle_and_encoder(place: Path) -> None:
         place,
     )
     assert shown.stdout.strip() == "(3, 8)", shown.stderr
+
+
+SELF_TEST = "from byol_deploy.selftest import self_test; found = self_test(sys.argv[1]); print(found.text()); "
+
+
+def test_self_test_of_a_bundle_and_of_a_lone_file(place: Path, tmp_path: Path) -> None:
+    lone = shutil.copy(place / "bundle" / "model.onnx", tmp_path / "mailed.onnx")
+    for path in (place / "bundle", lone):
+        shown = run(SELF_TEST + "print(sorted(n for n in sys.modules if n.startswith('onnx.')))", path)
+        assert shown.returncode == 0, shown.stderr
+        assert shown.stdout.startswith("PASS"), shown.stdout
+        assert "content: the file that was exported" in shown.stdout
+        assert shown.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("part", ["weights", "names", "manifest", "golden cases", "seal"])
+def test_a_flipped_byte_in_a_lone_file_fails(part: str, place: Path, tmp_path: Path) -> None:
+    content = bytearray((place / "bundle" / "model.onnx").read_bytes())
+    tiny = runpy.run_path(str(Path(__file__).parents[1] / "tiny_encoder.py"))
+    marks = {
+        "weights": tiny["weights"]()["conv"].tobytes()[:64],
+        "names": b"projection",
+        "manifest": b"tests/tiny",
+        "golden cases": b"byol_deploy.golden",
+        "seal": b'"threads"',
+    }
+    at = content.index(marks[part])
+    # The packed cases lie behind their key.
+    content[at + (200 if part == "golden cases" else 2)] ^= 1
+    path = tmp_path / "mailed.onnx"
+    path.write_bytes(content)
+    shown = command("verify", path)
+    assert shown.returncode in (3, 5), shown.stdout + shown.stderr
+    assert "PASS" not in shown.stdout
 
 
 def test_commands(place: Path) -> None:
