@@ -20,7 +20,7 @@ _MOST_GROUPS = 12
 _MOST_CURVE_POINTS = 400
 _MOST_PNG_BYTES = 8_000
 _MOST_HOVERS = 500
-_MOST_PARTS = 12
+_MOST_PARTS = 24
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -256,28 +256,30 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
 
 
 def _stage_ticks(names: Sequence[str], across: Callable[[float], float], right: float) -> list[tuple[int, str]]:
-    """Where the parts of a network begin: the longest part is divided first, as long as the labels fit."""
+    """Where the parts of a network begin: the longest part is divided first, and long parts get their label first."""
     paths = [re.split(r"[ (]", name)[0].split(".") for name in names]
     spans = _parts(paths, 0, len(paths), 1)
     whole: set[tuple[int, int, int]] = set()
-    while len(spans) < _MOST_PARTS:
-        start, end, depth = max(
-            (span for span in spans if span not in whole), key=lambda s: s[1] - s[0], default=(0, 0, 0)
-        )
-        if end - start < 2:
+    while True:
+        left = [span for span in spans if span not in whole]
+        if not left:
             break
-        parts = _parts(paths, start, end, depth + 1)
-        if len(spans) + len(parts) - 1 > _MOST_PARTS or len(parts) == end - start or parts == [(start, end, depth)]:
-            whole.add((start, end, depth))
+        chosen = start, end, depth = max(left, key=lambda span: span[1] - span[0])
+        parts = next(
+            (found for deeper in range(depth + 1, depth + 5) if len(found := _parts(paths, start, end, deeper)) > 1), []
+        )
+        # Single layers are no parts.
+        if not parts or len(parts) > (end - start) / 2 or len(spans) + len(parts) - 1 > _MOST_PARTS:
+            whole.add(chosen)
             continue
-        at = spans.index((start, end, depth))
+        at = spans.index(chosen)
         spans[at : at + 1] = parts
     taken: list[tuple[float, float]] = []
     ticks = []
     for start, _, depth in sorted(spans, key=lambda span: span[0] - span[1]):
         head = paths[start][:depth]
-        # A bare number says nothing: `stages.2`.
-        label = _shortened(".".join(head[-2:] if head[-1].isdigit() else head[-1:]), 18)
+        # `backbone` is what nearly all of them begin with; a bare number says nothing.
+        label = _shortened(".".join(head[1:] if len(head) > 1 and not head[1].isdigit() else head), 18)
         begin = across(start)
         finish = begin + 6.2 * len(label) + 8
         if finish <= right + 8 and all(finish <= other or begin >= last for other, last in taken):
@@ -290,7 +292,7 @@ def _parts(paths: Sequence[Sequence[str]], start: int, end: int, depth: int) -> 
     """Runs of equal first ``depth`` names between ``start`` and ``end``, each as its start, end and depth."""
     heads = [tuple(path[:depth]) for path in paths[start:end]]
     begins = [start + at for at in range(len(heads)) if at == 0 or heads[at] != heads[at - 1]]
-    return [(one, other, min(depth, len(paths[one]))) for one, other in zip(begins, [*begins[1:], end], strict=True)]
+    return [(one, other, depth) for one, other in zip(begins, [*begins[1:], end], strict=True)]
 
 
 def _shortened(text: str, most: int) -> str:

@@ -7,6 +7,7 @@ without exception. Callers hand over plain values in small frozen objects; nothi
 
 from __future__ import annotations
 
+from byol_deploy.report.blocks import CheckRow, DriftBlock, Fact, ParityBlock, ResultRow
 from byol_deploy.report.evidence import FileEvidence, write_bundle_report, write_verify_report
 from byol_deploy.report.gallery import (
     ChangedGallery,
@@ -16,15 +17,7 @@ from byol_deploy.report.gallery import (
     changed_gallery,
     nearest_gallery,
 )
-from byol_deploy.report.page import (
-    CheckRow,
-    DriftBlock,
-    Fact,
-    ParityBlock,
-    ResultRow,
-    drift_svg,
-    write_report,
-)
+from byol_deploy.report.page import drift_svg, write_report
 from byol_deploy.report.plane import EmbeddingMap, embedding_map
 
 __all__ = [

@@ -12,9 +12,10 @@ import numpy as np
 
 from byol_deploy.bundle import REPORT_FILE, Bundle, Manifest
 from byol_deploy.parity import FidelityLimit, ParityReport
+from byol_deploy.report.blocks import CheckRow, DriftBlock, Fact, ParityBlock
 from byol_deploy.report.gallery import ChangedGallery, Gallery, changed_gallery, nearest_gallery
 from byol_deploy.report.numbers import share
-from byol_deploy.report.page import CheckRow, DriftBlock, Fact, ParityBlock, write_report
+from byol_deploy.report.page import write_report
 from byol_deploy.report.plane import EmbeddingMap, embedding_map
 from byol_deploy.separation import Separation, separation
 
@@ -206,7 +207,8 @@ def _verdict(blocks: Sequence[ParityBlock], faults: Sequence[str] = ()) -> str:
     good = [block for block in blocks if block.status in ("pass", "warn")]
     if not good:
         return "Nothing was compared, and what was not compared has not passed."
-    listed = " and ".join(block.artefact for block in good)
+    names = [block.artefact for block in good]
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     said = f"{listed} {'computes' if len(good) == 1 else 'compute'} what was trained."
     rows = [row for block in good for row in block.report.rows]
     rounding = [row.severity for row in rows if not isinstance(row.limit, FidelityLimit)]

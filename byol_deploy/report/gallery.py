@@ -126,7 +126,7 @@ def changed_gallery(
     names: Sequence[str] | None = None,
     *,
     title: str = "",
-    most: int = 4,
+    most: int = 6,
     by_lot: int = 2,
     seed: int = 0,
 ) -> ChangedGallery:

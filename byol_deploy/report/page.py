@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +11,9 @@ from byol_deploy import __version__
 from byol_deploy.atomic import publish_file
 from byol_deploy.drawing import draw_curve, draw_drift, draw_map, picture
 from byol_deploy.errors import MissingExtraError
-from byol_deploy.parity import NOISE_MULTIPLE, ParityReport, ParityRow
+from byol_deploy.parity import NOISE_MULTIPLE
 from byol_deploy.report import numbers
+from byol_deploy.report.blocks import CheckRow, DriftBlock, Fact, ParityBlock, ResultRow
 from byol_deploy.report.gallery import ChangedGallery, Gallery
 from byol_deploy.report.plane import EmbeddingMap
 from byol_deploy.separation import Separation
@@ -35,107 +34,6 @@ svg{background:#fff;color:#222}text{font:12px system-ui,sans-serif;fill:currentC
 
 FEWEST_ROWS_TO_FOLD = 10
 """A table of facts with more rows than this is folded."""
-
-
-Fact = tuple[str, str | Sequence[str]]
-"""A key and its value; a list of values is folded behind its length."""
-
-CheckRow = tuple[str, bool, str]
-"""A yes-or-no check: its name, whether it passed, and the numbers or names behind it."""
-
-
-@dataclass(frozen=True)
-class ResultRow:
-    """One encoder, or one file of it, in the table of results.
-
-    Attributes:
-        name: What was measured.
-        knn: Accuracy of the nearest-neighbour vote, 0 to 1; None where it was not measured, as for all the numbers.
-        knn_se: Its standard error.
-        probe: Accuracy of the linear probe, 0 to 1.
-        probe_se: Its standard error.
-        agreement: Share of images whose nearest neighbour is the trained model's, 0 to 1.
-        latency_ms: Median time for one image.
-        note: A remark.
-    """
-
-    name: str
-    knn: float | None = None
-    knn_se: float | None = None
-    probe: float | None = None
-    probe_se: float | None = None
-    agreement: float | None = None
-    latency_ms: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class ParityBlock:
-    """One written file and how it compares with the trained model.
-
-    Attributes:
-        artefact: Name of the file.
-        format: e.g. "onnx".
-        precision: e.g. "fp32"; empty where it is not known.
-        bytes: Size, with the files that belong to it; 0 where it is not known.
-        report: The comparison.
-        note: A sentence below the table, such as whose parameters the file holds.
-        fault: What speaks against the file beside the comparison; empty where nothing does. A fault is a FAIL.
-        not_run: Why the file was not compared here; empty where it was. No pass, and no FAIL of the page either as
-            long as another file was compared and passed.
-    """
-
-    artefact: str
-    format: str
-    precision: str
-    bytes: int
-    report: ParityReport
-    note: str = ""
-    fault: str = ""
-    not_run: str = ""
-
-    @property
-    def status(self) -> str:
-        """``pass``, ``fail`` or ``not run``; ``warn`` for a pass with warnings."""
-        if self.not_run:
-            return "not run"
-        if self.fault or not self.report.passed:
-            return "fail"
-        return "warn" if self.report.warnings else "pass"
-
-    @property
-    def failures(self) -> list[str]:
-        """Why it did not pass: one sentence for each output and kind of failure."""
-        if self.status != "fail":
-            return []
-        said = [self.fault] if self.fault else []
-        if not self.report.rows:
-            return [*said, *self.report.failures]
-        kinds: dict[tuple[str, str], list[ParityRow]] = {}
-        for row in self.report.rows:
-            if not row.passed:
-                kinds.setdefault((row.output, re.sub(r"\d[\d.e+-]*", "", row.reason)), []).append(row)
-        # 28 comparisons of one bad file say one thing 28 times: the worst of those that differ in numbers only.
-        for rows in kinds.values():
-            worst = max(rows, key=lambda row: row.severity)
-            more = f" (the worst of {len(rows)} like it)" if len(rows) > 1 else ""
-            said.append(f"{worst.subject.removeprefix(f'{self.artefact}, ')}: {worst.output}: {worst.reason}{more}")
-        return said
-
-
-@dataclass(frozen=True, eq=False)
-class DriftBlock:
-    """How a file's difference from the trained model grows along the graph.
-
-    Attributes:
-        name: Name of the file.
-        series: As :func:`byol_deploy.drawing.draw_drift` takes it: ``names``, ``drift``, ``noise`` and ``budget``.
-        verdict: A sentence that names the layer.
-    """
-
-    name: str
-    series: Mapping[str, Sequence[Any]]
-    verdict: str = ""
 
 
 def write_report(
@@ -201,7 +99,7 @@ def write_report(
         warnings=list(dict.fromkeys(_sentence(warning) for warning in listed)),
         results=results,
         columns={name for name in vars(ResultRow("")) if any(getattr(row, name) not in (None, "") for row in results)},
-        parity=[(block, block.report.worst()) for block in parity],
+        parity=[(block, block.shown_rows()) for block in parity],
         noise_multiple=NOISE_MULTIPLE,
         checks=checks,
         separation=separation,
