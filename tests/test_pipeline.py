@@ -360,14 +360,14 @@ def test_an_encoder_that_is_one_point_cannot_be_compared(tmp_path: Path) -> None
 def test_awkward_images_that_float32_does_not_determine(
     chaotic: tuple[str, ...], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = reference._Noise.told
+    whole = reference.Noise.told
 
     def told(self: Any, places: Any) -> list[int]:
         first = len(self.images) - len(SYNTHETIC) - len(awkward_files())
         names = dict(enumerate([*SYNTHETIC, *awkward_files()], first))
         return [place for place in whole(self, places) if names[place] not in chaotic]
 
-    monkeypatch.setattr(reference._Noise, "told", told)
+    monkeypatch.setattr(reference.Noise, "told", told)
     options: dict[str, Any] = {"formats": ["torchscript"], "outputs": ["embedding"], "out": tmp_path / "bundle"}
     if chaotic == SYNTHETIC:
         with pytest.raises(ParityError, match="not comparable"):

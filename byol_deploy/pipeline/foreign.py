@@ -38,7 +38,7 @@ from byol_deploy.pipeline.reference import (
     REAL_IMAGES,
     SYNTHETIC,
     ImageSet,
-    _Noise,
+    Noise,
     real_images,
     synthetic_images,
 )
@@ -303,9 +303,9 @@ class _Trial:
             at = self._noise(images, expected).image_set(f"real images of {side} px", range(len(images)))
             self._run(Condition(self.options, self.file.batch or 3, ""), at)
 
-    def _noise(self, images: np.ndarray, expected: Mapping[str, np.ndarray]) -> _Noise:
+    def _noise(self, images: np.ndarray, expected: Mapping[str, np.ndarray]) -> Noise:
         apart = {name: distance_apart(as_rows(v)) if v.dtype.kind == "f" else None for name, v in expected.items()}
-        noise = _Noise(cast(Any, self.asked), images, apart)
+        noise = Noise(cast(Any, self.asked), images, apart)
         self.warnings += [noise.blind] if noise.blind else []
         return noise
 
