@@ -59,8 +59,8 @@ class Layer:
         own: The same when all that the layer reads is the reference's; None where the file cannot be fed.
         noise: Relative L2 distance of the model's own float32 from its float64 there.
         budget: What ``drift`` and ``own`` may be.
-        recovers: All that is computed from it is within its budget, or recovers too: the file orders the work in another
-            way, or nothing depends on the difference.
+        recovers: All that is computed from it is within its budget, or recovers too: the file orders the work another
+            way, or nothing depends on the difference. Never at reduced precision.
     """
 
     path: str
@@ -232,7 +232,7 @@ class Explanation:
         }
 
     def series(self) -> dict[str, list[Any]]:
-        """For a plot: ``names``, ``drift``, ``own`` (NaN for none), ``noise``, ``budget``, ``recovers``, each per layer."""
+        """For a plot, each per layer: ``names``, ``drift``, ``own`` (NaN: none), ``noise``, ``budget``, ``recovers``."""
         return {
             "names": [layer.title for layer in self.layers],
             "drift": [layer.drift for layer in self.layers],
@@ -341,7 +341,8 @@ def _rows(
         for before in point.after:
             readers.setdefault(before, []).append(place)
     recovers = [False] * len(past)
-    for place in reversed(range(len(past))):  # readers come later
+    # Wide budgets hide what fades: a badly calibrated branch is lost in the sum behind it, and yet is at fault.
+    for place in reversed(range(len(past)) if precision == "fp32" else ()):  # from the end: readers come later
         # What the whole gives out is read by its user: nothing behind it can make it good.
         if past[place] and readers.get(place) and file.points[place].slot not in recorded.outputs():
             recovers[place] = all(not past[reader] or recovers[reader] for reader in readers[place])

@@ -51,8 +51,8 @@ def encoders(fashion: Path) -> dict[str, tuple[EncoderGraph, np.ndarray]]:
         with torch.no_grad():
             for _ in range(10):
                 model.train()(seen)
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith(("bias", "norm.weight")):
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # some begin with zeros, behind which no fault shows
                     parameter.add_(0.1 * torch.randn_like(parameter))
         made[family] = (EncoderGraph(model, preprocessing), pixels[::10][:3])
     return made
@@ -136,7 +136,7 @@ def vit_weight(graph: EncoderGraph) -> None:
 
 def position(graph: EncoderGraph) -> None:
     with torch.no_grad():
-        graph.backbone.pos_embed[0, 3] += 0.1
+        graph.backbone.pos_embed[0, 3, :50] += 0.1  # of all channels alike, the first layer norm would take it out
 
 
 def mobile_epsilon(graph: EncoderGraph) -> None:
@@ -173,7 +173,8 @@ def test_the_damaged_layer_is_named(
     assert explanation.culprit is not None
     assert explanation.culprit.path == path, explanation.text()
     assert [layer.path for layer in explanation.culprits] == [path]
-    assert explanation.culprit.source.startswith(source)
+    known = format == "onnx" or explanation.culprit.kind == "module"  # TorchScript files carry no lines
+    assert explanation.culprit.source.startswith(source) if known else not explanation.culprit.source
     assert explanation.largest_step is explanation.culprit
     assert path in explanation.verdict()
     before = explanation.layers[: explanation.layers.index(explanation.culprit)]
@@ -183,12 +184,25 @@ def test_the_damaged_layer_is_named(
 def test_two_swapped_layers_are_both_named(encoders: Any, tmp_path: Path) -> None:
     damaged = copy.deepcopy(encoders["resnet"][0])
     block = damaged.backbone.layer1[0]
-    block.conv1, block.conv2 = block.conv2, block.conv1
-    block.conv1.weight, block.conv2.weight = block.conv1.weight, block.conv2.weight
+    block.conv1.weight, block.conv2.weight = block.conv2.weight, block.conv1.weight
     explanation = explain(write(damaged, "onnx", tmp_path / "model.onnx"), encoders["resnet"])
     assert [layer.path for layer in explanation.culprits] == ["backbone.layer1.0.conv1", "backbone.layer1.0.conv2"]
     assert explanation.first is explanation.culprits[0]
     assert "At fault by themselves too: backbone.layer1.0.conv2" in explanation.verdict()
+
+
+def test_a_fault_that_nothing_depends_on_is_no_layer_past_its_budget(encoders: Any, tmp_path: Path) -> None:
+    graph = copy.deepcopy(encoders["resnet"][0])
+    with torch.no_grad():
+        graph.backbone.layer1[0].bn2.weight.zero_()
+    damaged = copy.deepcopy(graph)
+    with torch.no_grad():
+        damaged.backbone.layer1[0].conv1.weight.mul_(1.5)
+    explanation = explain(write(damaged, "onnx", tmp_path / "model.onnx"), (graph, encoders["resnet"][1]))
+    assert explanation.passed, explanation.text()
+    conv = next(layer for layer in explanation.layers if layer.path == "backbone.layer1.0.conv1")
+    assert conv.past
+    assert conv.recovers
 
 
 def test_an_operation_between_modules_is_named_with_its_node(encoders: Any, files: Any, tmp_path: Path) -> None:
@@ -230,35 +244,36 @@ def test_values_that_are_not_numbers(encoders: Any, files: Any, tmp_path: Path) 
     write_drift_plot(tmp_path / "drift.svg", explanation)
 
 
+@pytest.fixture(scope="module")
+def quantized(encoders: Any, files: Any, fashion: Path, tmp_path_factory: Any) -> Path:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    preprocessing = Preprocessing(32)
+    batches = [preprocessing.batch([path]) for path in sorted(fashion.rglob("*.png"))[::9]]
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.left, None)
+            return None if batch is None else {"images": batch}
+
+    path: Path = tmp_path_factory.mktemp("int8") / "model.onnx"
+    quantize_static(
+        files["resnet", "onnx"],
+        path,
+        Images(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return path
+
+
 class TestInt8:
     """Files of onnxruntime.quantization."""
-
-    @pytest.fixture(scope="class")
-    def quantized(self, encoders: Any, files: Any, fashion: Path, tmp_path_factory: Any) -> Path:
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-        preprocessing = Preprocessing(32)
-        batches = [preprocessing.batch([path]) for path in sorted(fashion.rglob("*.png"))[::9]]
-
-        class Images(CalibrationDataReader):  # type: ignore[misc]
-            def __init__(self) -> None:
-                self.left = iter(batches)
-
-            def get_next(self) -> dict[str, np.ndarray] | None:
-                batch = next(self.left, None)
-                return None if batch is None else {"images": batch}
-
-        path: Path = tmp_path_factory.mktemp("int8") / "model.onnx"
-        quantize_static(
-            files["resnet", "onnx"],
-            path,
-            Images(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-        )
-        return path
 
     def test_a_well_calibrated_file_has_no_layer_at_fault(self, quantized: Path, encoders: Any) -> None:
         explanation = explain(quantized, encoders["resnet"], precision="int8")
@@ -418,7 +433,8 @@ def test_calls_of_one_module_are_told_apart(format: str, tmp_path: Path) -> None
         f"backbone · {'Add' if format == 'onnx' else 'add_'}",
         "backbone.act (call 2)",
     ]
-    assert titles[6].startswith("backbone · ")  # the mean, which no module takes: it is an output
+    # The mean, which no module takes: it is an output.
+    assert titles[6:] == [f"the whole model · output{' embedding' if format == 'onnx' else ''}"]
 
 
 def test_recording_leaves_the_model_as_it_was() -> None:
@@ -434,15 +450,16 @@ def test_recording_leaves_the_model_as_it_was() -> None:
     assert [call.path for call in seen.calls] == ["first", "act", "second", "act", ""]
 
 
+@pytest.fixture(scope="module")
+def damaged(encoders: Any, tmp_path_factory: Any) -> tuple[Path, Explanation]:
+    graph = copy.deepcopy(encoders["resnet"][0])
+    one_weight(graph)
+    path = write(graph, "onnx", tmp_path_factory.mktemp("damaged") / "model.onnx")
+    return path, explain(path, encoders["resnet"])
+
+
 class TestReading:
     """What a person and a program make of an explanation."""
-
-    @pytest.fixture(scope="class")
-    def damaged(self, encoders: Any, tmp_path_factory: Any) -> tuple[Path, Explanation]:
-        graph = copy.deepcopy(encoders["resnet"][0])
-        one_weight(graph)
-        path = write(graph, "onnx", tmp_path_factory.mktemp("damaged") / "model.onnx")
-        return path, explain(path, encoders["resnet"])
 
     def test_the_table(self, damaged: tuple[Path, Explanation]) -> None:
         _, explanation = damaged
@@ -462,7 +479,7 @@ class TestReading:
         assert found["layers"][found["culprit"]]["past"]
         series = explanation.series()
         assert {len(values) for values in series.values()} == {len(explanation.layers)}
-        assert set(series) == {"names", "drift", "own", "noise", "budget"}
+        assert set(series) == {"names", "drift", "own", "noise", "budget", "recovers"}
 
     def test_the_drawing_is_one_file_that_names_the_culprit(
         self, damaged: tuple[Path, Explanation], tmp_path: Path
@@ -471,11 +488,11 @@ class TestReading:
         write_drift_plot(tmp_path / "drift.svg", explanation)
         root = ElementTree.fromstring((tmp_path / "drift.svg").read_bytes())
         texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
-        assert "backbone.layer2.0.conv1" in texts
+        assert any("backbone.layer2.0.conv1" in text for text in texts)
         content = (tmp_path / "drift.svg").read_text(encoding="utf-8")
         assert "nan" not in content
         assert "href" not in content
-        assert "prefers-color-scheme: dark" in content
+        assert "prefers-color-scheme" in content
         with pytest.raises(OutputError):
             write_drift_plot(tmp_path / "drift.svg", explanation)
 
