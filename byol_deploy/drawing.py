@@ -15,7 +15,7 @@ from PIL import Image
 from byol_deploy.images import ImageSource, decode
 
 _SHOWN_PX = 84
-_LARGEST_PX = 2 * _SHOWN_PX
+_LARGEST_PX = 3 * _SHOWN_PX // 2
 _MOST_GROUPS = 12
 _MOST_CURVE_POINTS = 400
 _MOST_PNG_BYTES = 8_000
@@ -194,9 +194,11 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
     known = known[np.isfinite(known) & (known > 0)]
     if not n or not known.size:
         return drawn
-    high = math.ceil(np.log10(known.max()) + 1e-9)
+    high = math.ceil(np.log10(known.max()) - 1e-9)
     # Layers that only move numbers have noise of 1e-17 or none: they must not press all else together.
-    low = max(math.floor(np.log10(known.min()) - 1e-9), math.floor(np.log10(values["budget"][-1])) - 5, high - 14)
+    budgets = values["budget"][np.isfinite(values["budget"]) & (values["budget"] > 0)]
+    enough = math.floor(np.log10(budgets.min())) - 5 if budgets.size else high - 14
+    low = max(math.floor(np.log10(known.min()) + 1e-9), enough, high - 14)
     low = min(low, high - 1)
     step = (right - left) / max(n - 1, 1)
 
