@@ -173,7 +173,7 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
     Returns:
         What the template ``drift.svg.j2`` draws: sizes, ``lines``, ticks, ``hovers``; ``first``, the first layer past
         its budget (None where there is none); ``alone``, marks of layers past their budget by themselves; ``past``,
-        the number of layers past their budget.
+        the number of layers past their budget; ``infinite``, whether some drift is.
 
     Raises:
         ValueError: The lists have different lengths.
@@ -188,7 +188,8 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
     left, right, top, bottom = 52.0, width - 14.0, 58.0, height - 34.0
     drawn: dict[str, Any] = {
         "width": width, "height": height, "left": left, "right": right, "top": top, "bottom": bottom, "count": n,
-        "lines": {}, "y_ticks": [], "x_ticks": [], "hovers": [], "first": None, "alone": [], "past": 0, "infinite": [],
+        "lines": {}, "y_ticks": [], "x_ticks": [], "hovers": [], "first": None, "alone": [], "past": 0,
+        "infinite": False,
     }  # fmt: skip
     known = np.concatenate([*values.values(), own])
     known = known[np.isfinite(known) & (known > 0)]
@@ -230,7 +231,7 @@ def draw_drift(series: Mapping[str, Sequence[Any]], width: float = 760.0, height
     drawn["y_ticks"] = [(f"{up(10.0**power):.1f}", "10" + str(power).translate(_SUPERSCRIPT))
                         for power in range(low, high + 1) if (power - low) % every == 0]  # fmt: skip
     drawn["x_ticks"] = [(f"{across(at):.1f}", label) for at, label in _stage_ticks(names, across, right)]
-    drawn["infinite"] = [f"{across(at):.1f}" for at in np.flatnonzero(np.isinf(values["drift"])).tolist()]
+    drawn["infinite"] = bool(np.isinf(values["drift"]).any())
     drawn["alone"] = [(f"{across(at):.1f}", f"{up(own[at]):.1f}") for at in alone]
     drawn["past"] = int(past.sum())
     if first is not None:

@@ -230,6 +230,7 @@ def test_drift_of_all_kinds_stays_inside(drift: list[float]) -> None:
     bad = [place for place, value in enumerate(drift) if not value <= 2e-6]
     assert (drawn["first"] or {}).get("place") == (bad[0] if bad else None)
     assert len(drawn["hovers"]) <= 500
+    assert ("not finite" in drift_svg(series)) == (math.inf in drift)
     root = ElementTree.fromstring(drift_svg(series, title=HOSTILE))
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == len(drawn["hovers"])
