@@ -151,7 +151,9 @@ class ParityReport:
         found = []
         for rows in outputs.values():
             worst = max(rows, key=lambda row: (not row.passed, row.severity))
-            margin = max((row.margin for row in rows if row.margin is not None), default=None)
+            # A margin belongs to its limit: awkward images are held to a wider one than real ones.
+            alike = [row for row in rows if not isinstance(row.limit, FidelityLimit) or row.limit == worst.limit]
+            margin = max((row.margin for row in alike if row.margin is not None), default=None)
             near, ten = _least(row.neighbours for row in rows), _least(row.overlap for row in rows)
             found.append(replace(worst, margin=margin, neighbours=near, overlap=ten))
         return found

@@ -383,6 +383,7 @@ def _verify_against(
     if report is not None:
         words = ["byol-deploy", "verify", shown, "--against", printable(against)]
         words += ["--data", printable(data)] if data is not None else []
+        words += ["--report", printable(report)]
         here = describe_host(provider=options.provider, threads=options.threads)
         show_verification(report, result, evidence, [*here.items()], shlex.join(words))
     return result

@@ -280,6 +280,10 @@ def test_what_differs_from_the_exporting_machine_is_named(tiny_bundle: Path, tmp
     report = verify(path)
     assert report.passed
     text = report.text()
-    for words in ("instruction set: exported with NEON", "exported with onnxruntime 1.20.0", "threads: exported with 64"):
+    for words in (
+        "instruction set: exported with NEON",
+        "exported with onnxruntime 1.20.0",
+        "threads: exported with 64",
+    ):
         assert words in text
     assert replace(report, artefacts=()).passed is False
