@@ -55,8 +55,11 @@ def test_synthetic_images() -> None:
 def test_a_weight_into_which_batch_norm_was_folded_is_neither_kept_nor_a_fault() -> None:
     weight = np.random.default_rng(0).normal(size=(5, 3, 3, 3)).astype(np.float32)
     factor = np.array([0.5, -2, 1, 3, 0.1], np.float32)[:, None, None, None]
-    proof = prove_branch({"conv.weight": weight * factor}, {"conv.weight": weight}, {})
-    assert (proof.passed, proof.kept, proof.absent) == (True, 0, ("conv.weight",))
+    bias = np.zeros(5, np.float32)
+    online = {"conv.weight": weight, "conv.bias": bias}
+    proof = prove_branch({"conv.weight": weight * factor, "conv.bias": bias + 1}, online, {})
+    assert (proof.passed, proof.kept, proof.absent) == (True, 0, ("conv.weight", "conv.bias"))
+    assert not prove_branch({"conv.weight": weight, "conv.bias": bias + 1}, online, {}).passed
     moved = weight * factor
     moved[2, 1, 1, 1] += 0.01
     assert not prove_branch({"conv.weight": moved}, {"conv.weight": weight}, {}).passed
