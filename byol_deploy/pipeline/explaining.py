@@ -155,16 +155,17 @@ class Explanation:
 
     @property
     def culprit(self) -> Layer | None:
-        """The layer to look at: the first at fault by itself, else the first past its budget; None where all is well.
+        """The layer to look at; None where all is well.
 
-        At reduced precision small steps add up until some layer leaves its budget that did nothing wrong; the culprit
-        is then the largest step.
+        In fp32 the first that is past its budget by itself, else the first past its budget. At reduced precision every
+        layer adds something, and some layer that did nothing wrong is the first past its budget: there it is the one
+        that adds most.
         """
         if self.first is None:
             return None
-        if self.culprits:
-            return self.culprits[0]
-        return self.first if self.precision == "fp32" else self.largest_step
+        if self.precision != "fp32":
+            return self.largest_step
+        return self.culprits[0] if self.culprits else self.first
 
     @property
     def passed(self) -> bool:
@@ -182,9 +183,9 @@ class Explanation:
             f"{self.file}: the drift first shows at {_described(first)}: {first.drift:.2g} against {first.budget:.2g}"
         )
         if culprit is not first:
-            said += f"; the layer at fault is {_described(culprit)}"
-            if culprit.own is not None:
-                said += f", {culprit.own:.2g} by itself"
+            alone = culprit.own_past or culprit.own is None
+            said += "; the layer at fault is " if alone else "; no layer is at fault by itself, most is added by "
+            said += _described(culprit) + ("" if culprit.own is None else f": {culprit.own:.2g} by itself")
         if first.own is not None and not first.own_past:
             said += (
                 f". On the reference's values {first.title} is within its budget ({first.own:.2g}): what it reads is "
@@ -232,7 +233,7 @@ class Explanation:
         }
 
     def series(self) -> dict[str, list[Any]]:
-        """For a plot, each per layer: ``names``, ``drift``, ``own`` (NaN: none), ``noise``, ``budget``, ``recovers``."""
+        """For a plot, per layer: ``names``, ``drift``, ``own`` (NaN: none), ``noise``, ``budget``, ``recovers``."""
         return {
             "names": [layer.title for layer in self.layers],
             "drift": [layer.drift for layer in self.layers],

@@ -19,7 +19,7 @@ from byol_deploy import formats
 from byol_deploy.atomic import publish_folder
 from byol_deploy.errors import OutputError, UsageError
 from byol_deploy.formats import RunOptions
-from byol_deploy.formats._layers import ROOT, Call, Cut, CutInput, Layout
+from byol_deploy.formats._layers import ROOT, Call, Cut, CutInput, LayeredFile, Layout
 from byol_deploy.pipeline.explaining import Explanation, Layer, relative_l2
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def write_reproduction(
         path: The written file.
         format: Its format.
         graph: The trained model.
-        images: (n, H, W, 3) uint8: the images of the explanation. The first one is taken.
+        images: (n, H, W, 3) uint8: the images of the explanation. The one that shows it best is taken.
         explanation: Of :func:`byol_deploy.pipeline.explaining.explain_file`.
         layer: One of the explanation's layers; None takes the culprit.
         options: How the file is run.
@@ -163,12 +163,26 @@ def write_reproduction(
     from byol_deploy.pipeline.recording import doubled, record_both
 
     chosen = explanation.culprit if layer is None else layer
+    if chosen is not None and layer is None and not (chosen.own_past or chosen.past):
+        chosen = explanation.first  # no layer is at fault by itself: what is shown is the sum
     place = next((place for place, item in enumerate(explanation.layers) if item is chosen), None)
     if chosen is None or place is None:
         raise UsageError(f"{explanation.file} has no layer past its budget; name one to write it nevertheless")
-    image = np.ascontiguousarray(images[:1])
-    single, double = record_both(graph, image, doubled(graph))
-    file = format.layers(path, options, single.calls, single.slots, image)
+    double_graph = doubled(graph)
+    file: LayeredFile | None = None
+    worst, image = -1.0, images[:1]
+    for start in range(len(images)):
+        candidate = np.ascontiguousarray(images[start : start + 1])
+        single, double = record_both(graph, candidate, double_graph)
+        if file is None:
+            file = format.layers(path, options, single.calls, single.slots, candidate)
+        values = file.fed(candidate, double.slots) if chosen.own_past else None
+        values = file.values(candidate, double.slots) if values is None else values
+        found = relative_l2(values[place], double.slots[file.points[place].slot])
+        if found > worst:
+            worst, image = found, candidate
+    single, double = record_both(graph, image, double_graph)
+    assert file is not None  # an explanation has an image at least
     slot = file.points[place].slot
 
     def may_replace(target: Path) -> None:
@@ -187,12 +201,12 @@ def write_reproduction(
             if part is None:
                 continue
             torch_file = _save_module(part, given, out)
-            found = _finish(out, path, explanation, chosen, kind, cut, torch_file, given, part, 0, chosen.budget)
-            if found.shows or kind == "prefix":
+            made = _finish(out, path, explanation, chosen, kind, cut, torch_file, given, part, 0, chosen.budget)
+            if made.shows or kind == "prefix":
                 break
         else:
-            found = _whole(out, path, explanation, graph, image)
-    return Reproduction(Path(folder), found.layer, found.kind, found.difference, found.budget)
+            made = _whole(out, path, explanation, graph, image)
+    return Reproduction(Path(folder), made.layer, made.kind, made.difference, made.budget)
 
 
 def _whole(out: Path, path: Path, explanation: Explanation, graph: nn.Module, image: np.ndarray) -> Reproduction:

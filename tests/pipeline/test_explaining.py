@@ -437,6 +437,36 @@ def test_calls_of_one_module_are_told_apart(format: str, tmp_path: Path) -> None
     assert titles[6:] == [f"the whole model · output{' embedding' if format == 'onnx' else ''}"]
 
 
+class Clip(torch.nn.Module):
+    """Control flow that depends on the values: what tracing cannot follow and scripting keeps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool(x.sum() > 0):
+            return x.clamp(min=0)
+        return x.clamp(min=-1)
+
+
+def test_a_file_with_control_flow_is_read_module_by_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 3), Clip(), torch.nn.Conv2d(6, 6, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
+    graph = EncoderGraph(BYOL(backbone, projection_hidden=8, projection_size=4), Preprocessing(16), ["embedding"])
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    scripted = copy.deepcopy(graph)
+    with pytest.warns((DeprecationWarning, FutureWarning)):
+        scripted.backbone[1] = torch.jit.script(Clip())
+    explanation = explain(write(scripted, "torchscript", tmp_path / "right.torchscript.pt"), (graph, pixels))
+    assert explanation.passed, explanation.text()
+    assert not explanation.adds_up
+    assert "control flow" in explanation.text()
+    with torch.no_grad():
+        scripted.backbone[2].bias += 0.1
+    culprit = explain(write(scripted, "torchscript", tmp_path / "wrong.torchscript.pt"), (graph, pixels)).culprit
+    assert culprit is not None
+    assert culprit.path == "backbone.2"
+
+
 def test_recording_leaves_the_model_as_it_was() -> None:
     model = Twice().eval()
     seen = record(model, np.zeros((1, 3, 8, 8), np.float32))
@@ -550,6 +580,21 @@ class TestReproduction:
         assert (got.kind, got.shows) == ("layer", True)
         assert [node.op_type for node in onnx.load(tmp_path / "out" / "layer.onnx").graph.node] == ["Sub", "Cast"]
         assert (tmp_path / "out" / "layer.torch.pt").stat().st_size < 20_000  # the addition, not the network
+        assert self.run(tmp_path / "out").returncode == 1
+
+    @pytest.mark.parametrize(("format", "kind"), [("onnx", "prefix"), ("torchscript", "whole")])
+    def test_what_a_layer_inherits_needs_more_than_the_layer(
+        self, format: str, kind: str, encoders: Any, tmp_path: Path
+    ) -> None:
+        graph = copy.deepcopy(encoders["resnet"][0])
+        one_weight(graph)
+        file = write(graph, format, tmp_path / f"model{formats.get(format).suffix}")
+        explanation = explain(file, encoders["resnet"])
+        layer = next(layer for layer in explanation.layers if layer.path == "backbone.layer2.0.act1")
+        got = write_reproduction(
+            tmp_path / "out", file, formats.get(format), *encoders["resnet"], explanation, layer=layer
+        )
+        assert (got.kind, got.shows) == (kind, True)
         assert self.run(tmp_path / "out").returncode == 1
 
     @pytest.mark.parametrize("format", FORMATS)
