@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from byol_deploy.errors import BundleError
 from byol_deploy.formats import Format, RunOptions
 from byol_deploy.parity import Limit, ParityReport
 from byol_deploy.pipeline.explaining import Explanation, explain_file
@@ -49,11 +48,12 @@ def file_evidence(reference: Reference, crowd: Sequence[np.ndarray], explained: 
 def drift_of(
     path: Path, format: Format, graph: EncoderGraph, reference: Reference, precision: str = "fp32"
 ) -> Explanation | None:
-    """The drift along the graph on a few real images; None for a file whose inside cannot be read."""
+    """The drift along the graph on a few real images; None for a file that cannot be run so."""
     images = reference.real.images[:DRAWN_IMAGES]
     try:
         return explain_file(path, format, graph, images, precision=precision, options=RunOptions())
-    except BundleError:
+    except Exception:
+        # A broken file raises whatever its runtime calls that; the comparison has said so already.
         return None
 
 

@@ -16,7 +16,7 @@ from byol_deploy.bundle import CARRIED_MANIFEST_KEY, Bundle, Golden, Manifest, r
 from byol_deploy.errors import BundleError, OutputError, ProviderError, UsageError
 from byol_deploy.host import describe_host
 from byol_deploy.images import printable
-from byol_deploy.parity import ParityReport
+from byol_deploy.parity import ParityReport, first_line
 from byol_deploy.pipeline.explaining import Explanation, explain_file
 from byol_deploy.pipeline.proof import compare_file, momentum_tensors, prove_branch
 from byol_deploy.pipeline.reference import Reference, build_reference
@@ -398,8 +398,9 @@ def _explain(
 
     try:
         found = explain_file(file.path, format, graph, images, precision=file.precision, options=options)
-    except BundleError as error:
-        return None, [f"the drift cannot be followed: {error}"]
+    except Exception as error:
+        # A broken file raises whatever its runtime calls that; the comparison has said so already.
+        return None, [f"the drift cannot be followed: {first_line(error)}"]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
