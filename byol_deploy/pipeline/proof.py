@@ -268,7 +268,9 @@ def limits_for(images: ImageSet, precision: str, *, agreement: bool = False) -> 
     first = next(iter(images.limits), None)
     return {
         name: FidelityLimit(
-            MOST_MARGIN if name == first and images.different else LOOSE_MARGIN,
+            (MOST_MARGIN if images.different else LOOSE_MARGIN)
+            if name == first
+            else (LOOSE_MARGIN if images.different else 1.0),
             LEAST_AGREEMENT if name == first and agreement else None,
             limit.apart,
         )
