@@ -50,6 +50,12 @@ class Judges:
         self.subject = subject
         self._trained: float | None = None
 
+    def _without_folders(self, made: Made, reason: str) -> str:
+        """A reason without the folders of this machine."""
+        for folder in (made.path.parent, self.subject.data, self.subject.run.parent):
+            reason = reason.replace(f"{folder}/", "")
+        return reason
+
     def ours(self, made: Made) -> dict[str, Verdict]:
         """``byol-deploy verify FILE --against RUN --data IMAGES``, and ``byol-deploy verify FILE`` on the device."""
         against = made.against or self.subject.run
@@ -63,9 +69,9 @@ class Judges:
             with made.runtime():
                 report = verify(made.path, threads=made.threads, **options)
         except ByolDeployError as error:
-            return Verdict("caught", f"refused: {error}")
+            return Verdict("caught", self._without_folders(made, f"refused: {error}"))
         except Exception as error:  # a bug of byol-deploy: no verdict, and the table says so
-            return Verdict("failed", f"{type(error).__name__}: {error}")
+            return Verdict("failed", self._without_folders(made, f"{type(error).__name__}: {error}"))
         if report.passed:
             return Verdict("missed")
         reasons = [f"{check.name}: {check.detail}" for check in report.checks if not check.passed]
@@ -73,7 +79,7 @@ class Judges:
             if artefact.status == "failed":
                 found = artefact.parity.failures if artefact.parity is not None and not artefact.parity.passed else []
                 reasons += [artefact.reason] * bool(artefact.reason) + found[:3]
-        return Verdict("caught", "; ".join(reasons))
+        return Verdict("caught", self._without_folders(made, "; ".join(reasons)))
 
     def neighbours(self, made: Made) -> dict[str, Verdict]:
         """Each rule as its tool applies it: against the module that the exporter held."""
@@ -94,12 +100,14 @@ class Judges:
         try:
             run = format.load(made.path, RunOptions(threads=made.threads))
         except ByolDeployError as error:
-            return {rule.name: Verdict("caught", f"the file does not open: {error}") for rule in RULES}
+            reason = self._without_folders(made, f"the file does not open: {error}")
+            return {rule.name: Verdict("caught", reason) for rule in RULES}
         for rule in RULES:
             try:
                 content, reason = self._content(rule, made, reference, run)
             except Exception as error:  # whatever a runtime raises on input that it cannot take stops these tools too
-                found[rule.name] = Verdict("caught", f"cannot run: {str(error).splitlines()[0][:200]}")
+                reason = self._without_folders(made, f"cannot run: {(str(error).splitlines() or [''])[0][:200]}")
+                found[rule.name] = Verdict("caught", reason)
                 continue
             mark = "missed" if content else "caught" if rule.consequence == "stops" else "warned"
             found[rule.name] = Verdict(mark, reason)
