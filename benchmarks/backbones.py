@@ -304,7 +304,7 @@ def judge(
 ) -> dict[str, Any]:
     """Compare a file of ours as an export does."""
     start = time.perf_counter()
-    report = compare_file(path, format, reference, formats.RunOptions())
+    report = compare_file(path, format, reference, formats.RunOptions()).report
     proof = prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
     return {
         "compare_s": time.perf_counter() - start,

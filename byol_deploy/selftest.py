@@ -32,21 +32,18 @@ from byol_deploy.golden import pixels_hash
 from byol_deploy.host import describe_host, differences
 from byol_deploy.images import printable
 from byol_deploy.parity import (
-    LOOSE_MARGIN,
     AnyLimit,
-    FidelityLimit,
     Limit,
     ParityReport,
-    ParityRow,
     as_rows,
     cannot_run,
     compare,
     compare_run,
     distance_apart,
+    fidelity_limits,
     not_comparable,
     run_in_batches,
 )
-from byol_deploy.parity.measures import FEWEST_FOR_SEPARATION, all_alike
 from byol_deploy.providers import short_name
 from byol_deploy.runtime import Encoder
 
@@ -266,8 +263,8 @@ def check_golden(
     known = _limits(manifest, golden)
     limits: Mapping[str, AnyLimit] = known
     if precision != _FULL_PRECISION:
-        # Eight images are far too few for a share of neighbours.
-        limits = {name: FidelityLimit(LOOSE_MARGIN, None, limit.apart or None) for name, limit in known.items()}
+        # Eight images are far too few for a share of neighbours, and for a percentile.
+        limits = fidelity_limits(known, photographs=False, agreement=False)
     expected = {output.name: golden.outputs[output.name] for output in manifest.outputs}
     images = golden.images
     here: dict[str, np.ndarray] = {}
@@ -283,7 +280,7 @@ def check_golden(
         for size in dict.fromkeys((len(images), 1))
     ]
     if golden.files:
-        reports.append(_check_files(run, manifest, golden, limits, here, f"{subject}, golden files", decoders))
+        reports.append(_check_files(run, manifest, golden, limits, known, here, f"{subject}, golden files", decoders))
     return ParityReport.merged(reports)
 
 
@@ -330,6 +327,7 @@ def _check_files(
     manifest: Manifest,
     golden: Golden,
     limits: Mapping[str, AnyLimit],
+    known: Mapping[str, Limit],
     here: Mapping[str, np.ndarray],
     subject: str,
     decoders: str,
@@ -359,6 +357,9 @@ def _check_files(
         reason = f"preprocessing differs here: {'; '.join(broken.values())}"
         part = {name: values[list(broken)] for name, values in expected.items()}
         reports.append(not_comparable(part, reason, subject=f"{subject}, other pixels", limits=limits))
+    # The limits of single images belong to the golden images.
+    exact = {name: replace(limit, each=()) if isinstance(limit, Limit) else limit for name, limit in limits.items()}
+    lenient = fidelity_limits(known, photographs=False, agreement=False)
     decoded = [*same, *moved]
     if decoded:
         try:
@@ -373,58 +374,17 @@ def _check_files(
             wanted = {name: values[places] for name, values in expected.items()}
             # Another number of vectors than images stays as it is: the comparison names it.
             given = {name: values[rows] if len(values) == len(decoded) else values for name, values in actual.items()}
-            allowed = {name: _of_files(limit, places is moved) for name, limit in limits.items()}
-            # One picture in several orientations and encodings: these are not all different images.
-            found = compare(wanted, given, limits=allowed, subject=f"{subject}, {what}", different_images=False)
-            rows_by_margin = [
-                _by_margin(row, wanted[row.output], given[row.output], golden.outputs[row.output], here.get(row.output))
-                if row.image is not None and isinstance(row.limit, FidelityLimit)
-                else row
-                for row in found.rows
-            ]
-            reports.append(ParityReport(tuple(rows_by_margin)))
+            allowed = lenient if places is moved else exact
+            # One picture in several orientations and encodings: these are not all different images, and the margin is
+            # measured from the centres of the golden ones.
+            reports.append(compare(wanted, given, limits=allowed, subject=f"{subject}, {what}", different_images=False,
+                                   among=(golden.outputs, here)))  # fmt: skip
     if moved:
         listed = ", ".join(names[place] for place in moved)
         told = f" ({decoders})" if decoders else ""
         warning = f"another image decoder{told} gives other pixels for {listed}: judged by the separation margin"
         reports.append(ParityReport((), (warning,)))
     return ParityReport.merged(reports)
-
-
-def _of_files(limit: AnyLimit, moved: bool) -> AnyLimit:
-    if isinstance(limit, FidelityLimit) or moved:
-        return FidelityLimit(LOOSE_MARGIN, None, limit.apart or None)
-    # The limits of single images belong to the golden images.
-    return replace(limit, each=())
-
-
-def _by_margin(
-    row: ParityRow, expected: np.ndarray, actual: np.ndarray, images: np.ndarray, images_here: np.ndarray | None
-) -> ParityRow:
-    """Judge the drift of files on the sphere of the golden images: centred on their mean, in their distances.
-
-    Files alone have no mean to be centred on: there may be a single one, or eight orientations of one picture.
-    """
-    limit = row.limit
-    assert isinstance(limit, FidelityLimit)
-    if images_here is None or images_here.shape != images.shape or not np.isfinite(images_here).all():
-        return replace(row, reason="not comparable: there are no outputs of the golden images to measure the margin by")
-    if limit.apart is None or all_alike(as_rows(images), 0.0):
-        need = f"the margin needs {FEWEST_FOR_SEPARATION} golden images that are not alike, there are {len(images)}"
-        return replace(row, reason=f"not comparable: {need}")
-
-    def units(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
-        centred = as_rows(rows) - as_rows(among).mean(axis=0)
-        lengths = np.linalg.norm(centred, axis=1)
-        return np.asarray(centred / np.where(lengths > 0, lengths, 1.0)[:, None])
-
-    drift = np.linalg.norm(units(actual, images_here) - units(expected, images), axis=1)
-    margin = float(drift.max()) / limit.apart
-    passed = margin <= limit.margin
-    reason = "" if passed else f"margin {margin:.2g} is above the limit {limit.margin:g}"
-    return replace(
-        row, margin=margin, severity=margin / limit.margin, image=int(drift.argmax()), passed=passed, reason=reason
-    )
 
 
 def _is_lossless(content: bytes) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from byol_deploy.parity.comparing import (
     FEWEST_FOR_AGREEMENT,
+    Outputs,
     cannot_run,
     compare,
     compare_callables,
@@ -21,13 +22,13 @@ from byol_deploy.parity.comparing import (
 from byol_deploy.parity.limits import (
     LEAST_AGREEMENT,
     LEAST_REL_L2,
-    LOOSE_MARGIN,
     MOST_MARGIN,
     NOISE_MULTIPLE,
     AnyLimit,
     FidelityLimit,
     Limit,
     derive_limits,
+    fidelity_limits,
     image_noise,
 )
 from byol_deploy.parity.measures import (
@@ -50,13 +51,13 @@ __all__ = [
     "FEWEST_FOR_OVERLAP",
     "LEAST_AGREEMENT",
     "LEAST_REL_L2",
-    "LOOSE_MARGIN",
     "MOST_MARGIN",
     "NOISE_MULTIPLE",
     "AnyLimit",
     "FidelityLimit",
     "Limit",
     "Neighbours",
+    "Outputs",
     "ParityReport",
     "ParityRow",
     "Share",
@@ -68,6 +69,7 @@ __all__ = [
     "compare_run",
     "derive_limits",
     "distance_apart",
+    "fidelity_limits",
     "first_line",
     "image_noise",
     "neighbour_agreement",

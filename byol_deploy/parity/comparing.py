@@ -38,6 +38,7 @@ def compare(
     limits: Mapping[str, AnyLimit],
     subject: str = "",
     different_images: bool = True,
+    among: tuple[Outputs, Outputs] | None = None,
 ) -> ParityReport:
     """Compare two sets of outputs, image by image.
 
@@ -48,15 +49,18 @@ def compare(
         subject: What is compared, for the report.
         different_images: Whether the N images differ, so that their vectors should. Then vectors that are all alike
             are not comparable: whatever tells images apart is lost in the reference's own noise.
+        among: The reference's outputs and the tested file's for photographs, whose means are the centres from which
+            the margin is measured; None where the N images are such themselves.
 
     Returns:
         A report with one row per output. It never raises on data: other shapes, NaN, infinite numbers, no image and
         no limit are rows that did not pass, each with its reason.
     """
     rows = [
-        _compare_one(name, expected.get(name), actual.get(name), limits.get(name), subject, different_images)
+        _compare_one(name, expected.get(name), actual.get(name), limits.get(name), subject, different_images,
+                     None if among is None else _centres(among[0].get(name), among[1].get(name)))
         for name in dict.fromkeys([*expected, *actual])
-    ]
+    ]  # fmt: skip
     return ParityReport(tuple(rows))
 
 
@@ -108,28 +112,30 @@ def compare_run(
     subject: str,
     *,
     different_images: bool = True,
+    among: tuple[Outputs, Outputs] | None = None,
 ) -> ParityReport:
     """Run ``images`` (N, ...) through ``run`` in batches of exactly ``batch_size`` and compare.
 
-    The images are repeated up to a whole number of batches: five images at batch 7 must really be seven. Whatever
-    ``run`` raises (a baked-in batch size shows so) is a failed row, not an exception.
+    Whatever ``run`` raises (a baked-in batch size shows so) is a failed row, not an exception.
     """
-    n = len(images)
-    if n == 0:
+    if len(images) == 0:
         return compare(expected, expected, limits=limits, subject=subject)
     try:
-        places = np.arange(-(-n // batch_size) * batch_size) % n
-        outputs = run_in_batches(run, images[places], batch_size)
-        actual = {name: np.asarray(values)[:n] for name, values in outputs.items()}
+        actual = run_in_batches(run, images, batch_size)
     except Exception as error:
         return cannot_run(expected, limits, subject, error)
-    return compare(expected, actual, limits=limits, subject=subject, different_images=different_images)
+    return compare(expected, actual, limits=limits, subject=subject, different_images=different_images, among=among)
 
 
 def run_in_batches(run: Callable[[np.ndarray], Outputs], images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-    """Run ``images`` (N, ...) in batches of ``batch_size`` and put the outputs together again."""
-    parts = [run(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    """Run ``images`` (N, ...), N at least 1, in batches of exactly ``batch_size``, and put the outputs together again.
+
+    The images are repeated up to a whole number of batches: five images at batch 7 must really be seven.
+    """
+    n = len(images)
+    places = np.arange(-(-n // batch_size) * batch_size) % n
+    parts = [run(images[places[start : start + batch_size]]) for start in range(0, len(places), batch_size)]
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts])[:n] for name in parts[0]}
 
 
 def cannot_run(expected: Outputs, limits: Mapping[str, AnyLimit], subject: str, error: Exception) -> ParityReport:
@@ -182,6 +188,7 @@ def _compare_one(
     limit: AnyLimit | None,
     subject: str,
     different_images: bool,
+    among: tuple[np.ndarray, np.ndarray] | None,
 ) -> ParityRow:
     def impossible(reason: str, n: int = 0) -> ParityRow:
         nan = math.nan
@@ -221,7 +228,7 @@ def _compare_one(
     image = int((errors / each).argmax()) if isinstance(limit, Limit) else int(errors.argmax())
     angles = cosines(tested, reference)
     apart = limit.apart if limit.apart is not None else distance_apart(reference) if different_images else None
-    margin = None if apart is None else separation_margin(tested, reference, apart)
+    margin = None if apart is None else separation_margin(tested, reference, apart, among)
     near = neighbours(reference, tested, noise_rel_l2=noise) if different_images else None
     row = ParityRow(
         subject=subject,
@@ -247,6 +254,14 @@ def _compare_one(
         mine = Limit(float(each[image]), limit.cosine, limit.noise_rel_l2)
         return _by_rounding(replace(row, limit=mine, severity=row.rel_l2 / mine.rel_l2))
     return _by_fidelity(row, limit)
+
+
+def _centres(mine: np.ndarray | None, theirs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both sides' vectors of the same photographs as rows; None where they cannot give a centre."""
+    if mine is None or theirs is None or np.shape(mine) != np.shape(theirs) or len(mine) < 2:
+        return None
+    found = as_rows(np.asarray(mine)), as_rows(np.asarray(theirs))
+    return found if all(np.isfinite(rows).all() for rows in found) else None
 
 
 def _by_rounding(row: ParityRow) -> ParityRow:

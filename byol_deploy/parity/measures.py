@@ -120,9 +120,9 @@ def distances(rows: np.ndarray) -> np.ndarray:
     return np.concatenate(upper) if upper else np.empty(0)
 
 
-def centred_units(rows: np.ndarray) -> np.ndarray:
-    """Rows minus their mean, at unit length: the sphere on which neighbours by centred cosine live."""
-    centred = rows - rows.mean(axis=0)
+def centred_units(rows: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+    """Rows minus their mean, or that of ``among``, at unit length: the sphere on which neighbours by cosine live."""
+    centred = rows - (rows if among is None else among).mean(axis=0)
     units: np.ndarray = centred / np.maximum(np.linalg.norm(centred, axis=1), _TINY)[:, None]
     return units
 
@@ -141,7 +141,12 @@ def distance_apart(expected: np.ndarray) -> float | None:
     return float(np.percentile(distances(centred_units(expected)), 1))
 
 
-def separation_margin(actual: np.ndarray, expected: np.ndarray, apart: float | None = None) -> float | None:
+def separation_margin(
+    actual: np.ndarray,
+    expected: np.ndarray,
+    apart: float | None = None,
+    among: tuple[np.ndarray, np.ndarray] | None = None,
+) -> float | None:
     """Drift in units of the distance between different images.
 
     Both sides are centred on their own mean and brought to unit length, as for neighbours: a file that moves all
@@ -153,15 +158,20 @@ def separation_margin(actual: np.ndarray, expected: np.ndarray, apart: float | N
         actual: (N, D).
         expected: (N, D), of N different images.
         apart: :func:`distance_apart`, where it is known from more images than these.
+        among: (M, D) of the reference and (M, D) of the other side, of the photographs whose mean is the centre of each
+            side; None where N themselves are such. A few images that are no photographs have no mean of their own.
 
     Returns:
         0 or more; infinite where different images have the same vector; None for fewer than 3 images and no ``apart``,
-        or for a single image.
+        or for a single image and no ``among``.
     """
     apart = distance_apart(expected) if apart is None else apart
-    if apart is None or len(expected) < 2:
+    if apart is None or (among is None and len(expected) < 2):
         return None
-    drift = float(np.percentile(np.linalg.norm(centred_units(actual) - centred_units(expected), axis=1), 99))
+    mine, theirs = among or (expected, actual)
+    drift = float(
+        np.percentile(np.linalg.norm(centred_units(actual, theirs) - centred_units(expected, mine), axis=1), 99)
+    )
     if apart == 0.0:
         return 0.0 if drift == 0.0 else math.inf
     return drift / apart

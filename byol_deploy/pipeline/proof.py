@@ -15,17 +15,16 @@ from byol_deploy.cores import usable_cores
 from byol_deploy.errors import BundleError, ProviderError
 from byol_deploy.formats import Format, Run, RunOptions
 from byol_deploy.parity import (
-    LEAST_AGREEMENT,
-    LOOSE_MARGIN,
-    MOST_MARGIN,
     AnyLimit,
-    FidelityLimit,
+    Outputs,
     ParityReport,
     ParityRow,
     cannot_run,
     compare,
     compare_run,
+    fidelity_limits,
     not_comparable,
+    run_in_batches,
 )
 from byol_deploy.pipeline.reference import ImageSet, Reference
 from byol_deploy.runtime import Encoder
@@ -187,21 +186,28 @@ def _same(stored: np.ndarray, online: np.ndarray, precision: str) -> bool:
     return bool(np.allclose(stored.astype(np.float64), online, rtol=2.0**-8, atol=6e-8))
 
 
+@dataclass(frozen=True, eq=False)
+class FileComparison:
+    """What :func:`compare_file` found.
+
+    Attributes:
+        report: The verdict.
+        crowd: The file's outputs for ``reference.crowd``, (N, D) by name; empty where it could not run.
+    """
+
+    report: ParityReport
+    crowd: dict[str, np.ndarray]
+
+
 def compare_file(
-    path: Path,
-    format: Format,
-    reference: Reference,
-    options: RunOptions,
-    *,
-    precision: str = "fp32",
-    crowd: list[np.ndarray] | None = None,
-) -> ParityReport:
+    path: Path, format: Format, reference: Reference, options: RunOptions, *, precision: str = "fp32"
+) -> FileComparison:
     """Load a written file in fresh sessions and compare it with the reference, never on the traced tensor.
 
-    Graph: real images under every condition of :func:`matrix`, awkward ones, and many real ones at the largest batch,
-    which also tell about neighbours and margins. End to end: from image files on, the preprocessing that the file
-    itself carries against the training side's. Whatever the file's runtime raises on such input is a failed row, not
-    an exception.
+    Graph: many real images at the largest batch, which also tell about neighbours and margins; some of them under every
+    condition of :func:`matrix`; awkward ones. End to end: from image files on, the preprocessing that the file itself
+    carries against the training side's. Whatever the file's runtime raises on such input is a failed row, not an
+    exception.
 
     Args:
         path: The file.
@@ -210,75 +216,55 @@ def compare_file(
         options: How it is run; what it leaves open is varied.
         precision: What the file promises. "fp32" is held to the model's own rounding noise, anything else to margin
             and neighbours.
-        crowd: Takes what the file gives for ``reference.crowd``, (N, D) of the first output, for a report to draw.
 
     Raises:
         BundleError, ProviderError: The file cannot be opened at all.
     """
     if reference.fault:
-        return not_comparable(reference.real.expected, reference.fault, subject=path.name)
+        return FileComparison(not_comparable(reference.real.expected, reference.fault, subject=path.name), {})
     sessions: dict[RunOptions, Run] = {options: format.load(path, options)}
-    reports = []
+    crowd, everybody = _crowd(path, sessions[options], reference.crowd, precision)
+    among = (reference.crowd.expected, crowd)
 
-    def run(condition: Condition, images: ImageSet, limits: Mapping[str, AnyLimit]) -> None:
-        subject = condition.subject(path.name, images)
-        if len(images.images) == 0:  # all of them were left out: not comparable, which is no pass
-            reports.append(compare(images.expected, images.expected, limits=limits, subject=subject))
-            return
+    def run(condition: Condition, images: ImageSet) -> ParityReport:
+        subject, limits = condition.subject(path.name, images), limits_for(images, precision)
         try:
             if condition.options not in sessions:
                 sessions[condition.options] = format.load(path, condition.options)
         except (BundleError, ProviderError) as error:
-            reports.append(cannot_run(images.expected, limits, subject, error))
-            return
-        reports.append(
-            compare_run(sessions[condition.options], images.images, condition.batch_size, images.expected, limits,
-                        subject, different_images=images.different)
-        )  # fmt: skip
+            return cannot_run(images.expected, limits, subject, error)
+        return compare_run(sessions[condition.options], images.images, condition.batch_size, images.expected, limits,
+                           subject, different_images=images.different, among=among)  # fmt: skip
 
-    for condition in matrix(format, options):
-        run(condition, reference.real, limits_for(reference.real, precision))
-    run(Condition(options, _AWKWARD_BATCH, ""), reference.awkward, limits_for(reference.awkward, precision))
-    run(Condition(options, 1, ""), reference.awkward, limits_for(reference.awkward, precision))
-    whole = sessions[options]
-    if crowd is not None:
-        first = next(iter(reference.crowd.expected))
-        sessions[options] = lambda images: _noting(whole(images), first, crowd)
-    run(Condition(options, LARGEST_BATCH, ""), reference.crowd, limits_for(reference.crowd, precision, agreement=True))
-    sessions[options] = whole
+    reports = [run(condition, reference.real) for condition in matrix(format, options)]
+    reports += [run(Condition(options, size, ""), reference.awkward) for size in (_AWKWARD_BATCH, 1)]
+    reports.append(everybody)
     if "embedding" in reference.real.expected:
-        reports.append(_end_to_end(path, format, sessions[options], reference, precision))
-    return ParityReport.merged(reports)
+        reports.append(_end_to_end(path, format, sessions[options], reference, precision, among))
+    return FileComparison(ParityReport.merged(reports), crowd)
 
 
-def _noting(outputs: dict[str, np.ndarray], name: str, noted: list[np.ndarray]) -> dict[str, np.ndarray]:
-    if name in outputs:
-        noted.append(outputs[name])
-    return outputs
+def _crowd(path: Path, run: Run, images: ImageSet, precision: str) -> tuple[dict[str, np.ndarray], ParityReport]:
+    """The file's outputs for many real images at the largest batch, and what they say."""
+    limits = limits_for(images, precision, agreement=True)
+    subject = f"{path.name}, {images.name}, batch {LARGEST_BATCH}"
+    try:
+        outputs = run_in_batches(run, images.images, LARGEST_BATCH)
+    except Exception as error:
+        return {}, cannot_run(images.expected, limits, subject, error)
+    return outputs, compare(images.expected, outputs, limits=limits, subject=subject)
 
 
 def limits_for(images: ImageSet, precision: str, *, agreement: bool = False) -> Mapping[str, AnyLimit]:
-    """What a file of this precision may differ by on these images.
-
-    At reduced precision the first output decides, the embedding: it is what is deployed. The heads behind it, which
-    serve training, and images that no calibration has seen are held to less.
-    """
+    """What a file of this precision may differ by on these images: margin, and neighbours where ``agreement``."""
     if precision == "fp32":
         return images.limits
-    first = next(iter(images.limits), None)
-    return {
-        name: FidelityLimit(
-            (MOST_MARGIN if images.different else LOOSE_MARGIN)
-            if name == first
-            else (LOOSE_MARGIN if images.different else 1.0),
-            LEAST_AGREEMENT if name == first and agreement else None,
-            limit.apart,
-        )
-        for name, limit in images.limits.items()
-    }
+    return fidelity_limits(images.limits, photographs=images.different, agreement=agreement)
 
 
-def _end_to_end(path: Path, format: Format, run: Run, reference: Reference, precision: str) -> ParityReport:
+def _end_to_end(
+    path: Path, format: Format, run: Run, reference: Reference, precision: str, among: tuple[Outputs, Outputs]
+) -> ParityReport:
     images = reference.end_to_end
     subject = f"{path.name}, {images.name}"
     expected = {"embedding": images.expected["embedding"]}
@@ -292,7 +278,8 @@ def _end_to_end(path: Path, format: Format, run: Run, reference: Reference, prec
     except Exception as error:
         # As above; and a file whose own contract cannot be read is no more than a file that failed.
         return cannot_run(expected, limits, subject, error)
-    report = compare(expected, {"embedding": embedding}, limits=limits, subject=subject, different_images=False)
+    report = compare(expected, {"embedding": embedding}, limits=limits, subject=subject, different_images=False,
+                     among=among)  # fmt: skip
     return ParityReport(tuple(_named(row, reference.names) for row in report.rows))
 
 

@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from byol_deploy import __version__
 from byol_deploy import formats as known_formats
 from byol_deploy.bundle import (
@@ -39,7 +37,7 @@ from byol_deploy.formats import Format, RunOptions, Signature
 from byol_deploy.host import describe_host
 from byol_deploy.images import printable
 from byol_deploy.parity import Limit, ParityReport
-from byol_deploy.pipeline.proof import BranchProof, compare_file, few, momentum_tensors, prove_branch
+from byol_deploy.pipeline.proof import BranchProof, FileComparison, compare_file, few, momentum_tensors, prove_branch
 from byol_deploy.pipeline.reference import Reference, build_reference, choose_golden
 from byol_deploy.pipeline.showing import drift_of, file_evidence
 from byol_deploy.preprocess import Preprocessing
@@ -133,9 +131,10 @@ def export(
             # The last thing that is done to a file: what is compared and published is what lies there now.
             seal_artefact(path, format, "fp32", host, tuple(item.name for item in further))
             say(f"comparing {path.name}, as written, with PyTorch")
-            crowd: list[np.ndarray] = []
-            report, proof = _prove(path, format, graph, loaded, reference, crowd)
-            evidence[path.name] = file_evidence(reference, crowd, drift_of(path, format, graph, reference))
+            found, proof = _prove(path, format, graph, loaded, reference)
+            report = found.report.with_warnings(reference.warnings)
+            drift = drift_of(path, format, graph, reference, broken=not report.passed)
+            evidence[path.name] = file_evidence(reference, found.crowd, drift)
             artefacts.append(_artefact(path, further, format, report, reference, proof))
             say(f"{path.name}: {'PASS' if report.passed and proof.passed else 'FAIL'}\n{report.table()}\n{proof}")
             failures += [f"{path.name}: {failure}" for failure in proof.faults]
@@ -202,15 +201,10 @@ def _backbone_name(loaded: LoadedCheckpoint) -> str:
 
 
 def _prove(
-    path: Path,
-    format: Format,
-    graph: EncoderGraph,
-    loaded: LoadedCheckpoint,
-    reference: Reference,
-    crowd: list[np.ndarray],
-) -> tuple[ParityReport, BranchProof]:
-    report = compare_file(path, format, reference, RunOptions(), crowd=crowd).with_warnings(reference.warnings)
-    return report, prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
+    path: Path, format: Format, graph: EncoderGraph, loaded: LoadedCheckpoint, reference: Reference
+) -> tuple[FileComparison, BranchProof]:
+    found = compare_file(path, format, reference, RunOptions())
+    return found, prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
 
 
 def describe_export(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from byol_deploy.errors import BundleError
 from byol_deploy.formats import Format, RunOptions
 from byol_deploy.parity import Limit, ParityReport
 from byol_deploy.pipeline.explaining import Explanation, explain_file
@@ -22,17 +23,16 @@ DRAWN_IMAGES = 2
 """Images on which the drift in a report is measured; ``verify --explain`` takes more."""
 
 
-def file_evidence(reference: Reference, crowd: Sequence[np.ndarray], explained: Explanation | None) -> FileEvidence:
+def file_evidence(reference: Reference, crowd: Mapping[str, np.ndarray], explained: Explanation | None) -> FileEvidence:
     """What a report draws of one file.
 
     Args:
         reference: What the file was compared with.
-        crowd: What the file gave for ``reference.crowd``, in batches; empty where it could not run.
+        crowd: What the file gave for ``reference.crowd``; empty where it could not run.
         explained: The drift along its graph, where it could be followed.
     """
     first = next(iter(reference.crowd.expected))
-    count = len(reference.crowd.images)
-    found = np.concatenate(crowd)[:count] if crowd else None
+    found = crowd.get(first)
     limit = reference.crowd.limits[first]
     whole = found is not None and found.shape == reference.crowd.expected[first].shape
     return FileEvidence(
@@ -46,14 +46,24 @@ def file_evidence(reference: Reference, crowd: Sequence[np.ndarray], explained: 
 
 
 def drift_of(
-    path: Path, format: Format, graph: EncoderGraph, reference: Reference, precision: str = "fp32"
+    path: Path,
+    format: Format,
+    graph: EncoderGraph,
+    reference: Reference,
+    precision: str = "fp32",
+    *,
+    broken: bool,
 ) -> Explanation | None:
-    """The drift along the graph on a few real images; None for a file that cannot be run so."""
+    """The drift along the graph on a few real images; None for a file that cannot be run so.
+
+    ``broken`` says that the file failed its comparison: then whatever its runtime raises here is its own trouble.
+    """
     images = reference.real.images[:DRAWN_IMAGES]
     try:
         return explain_file(path, format, graph, images, precision=precision, options=RunOptions())
-    except Exception:
-        # A broken file raises whatever its runtime calls that; the comparison has said so already.
+    except Exception as error:
+        if not (broken or isinstance(error, BundleError)):
+            raise
         return None
 
 

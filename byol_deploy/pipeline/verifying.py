@@ -362,8 +362,8 @@ def _verify_against(
 
     def full(file: _File, format: formats.Format) -> _Judged:
         say(f"comparing {file.path.name} with PyTorch")
-        crowd: list[np.ndarray] = []
-        found = compare_file(file.path, format, reference, options, precision=file.precision, crowd=crowd)
+        compared = compare_file(file.path, format, reference, options, precision=file.precision)
+        found = compared.report
         proof = prove_branch(format.tensors(file.path), online, momentum, precision=file.precision)
         content, detail = check_content(file.path, format, file.precision)
         faults = [*proof.faults, *([detail] if content == "failed" else [])]
@@ -371,11 +371,13 @@ def _verify_against(
         drift = None
         if explain is not None:
             say(f"following the drift through {file.path.name}")
-            drift, written = _explain(file, format, graph, telling_images(reference, found), options, explain)
+            images = telling_images(reference, found)
+            drift, written = _explain(file, format, graph, images, options, explain, broken=not found.passed)
             notes += written
         if report is not None:
-            drawn = drift or drift_of(file.path, format, graph, reference, file.precision)
-            evidence[file.path.name] = file_evidence(reference, crowd, drawn)
+            broken = not found.passed
+            drawn = drift or drift_of(file.path, format, graph, reference, file.precision, broken=broken)
+            evidence[file.path.name] = file_evidence(reference, compared.crowd, drawn)
         return _Judged(found, "; ".join(faults), tuple(notes), drift)
 
     verdicts = _each_file(opened, full)
@@ -390,7 +392,14 @@ def _verify_against(
 
 
 def _explain(
-    file: _File, format: formats.Format, graph: EncoderGraph, images: np.ndarray, options: formats.RunOptions, out: Path
+    file: _File,
+    format: formats.Format,
+    graph: EncoderGraph,
+    images: np.ndarray,
+    options: formats.RunOptions,
+    out: Path,
+    *,
+    broken: bool,
 ) -> tuple[Explanation | None, list[str]]:
     """The drift along the graph, its plot, and the layer at fault alone; and in words what was written."""
     from byol_deploy.pipeline.drift_view import write_drift_plot
@@ -399,7 +408,9 @@ def _explain(
     try:
         found = explain_file(file.path, format, graph, images, precision=file.precision, options=options)
     except Exception as error:
-        # A broken file raises whatever its runtime calls that; the comparison has said so already.
+        # A broken file raises whatever its runtime calls that, and the comparison has said so; any other is our bug.
+        if not (broken or isinstance(error, BundleError)):
+            raise
         return None, [f"the drift cannot be followed: {first_line(error)}"]
     try:
         out.mkdir(parents=True, exist_ok=True)
