@@ -30,6 +30,7 @@ def awkward_files() -> dict[str, bytes]:
     ``rgb.png``                        nothing special: a fault here is in the resize, the crop or the channels
     ``rgb-large.png``                  larger than usual inputs: an antialias that is missing
     ``crop-{41,42,43}x32.png``         odd and even margins: a centre crop that is off by one
+    ``black.png``                      nothing at all: numbers that are not finite where there is no variance
     ``1x1.png``                        one pixel
     ``3x97.png``, ``97x3.png``         extreme aspect; at sizes above about 1600 px the resize would exceed Pillow's
                                        limit on pixels, and preprocessing refuses them
@@ -202,6 +203,7 @@ _MAKERS: dict[str, Callable[[], bytes]] = {
     "crop-41x32.png": lambda: _png(_picture(41, 32)),
     "crop-42x32.png": lambda: _png(_picture(42, 32)),
     "crop-43x32.png": lambda: _png(_picture(43, 32)),
+    "black.png": lambda: _png(np.zeros((32, 32), np.uint8)),
     "1x1.png": lambda: _png(np.array([[[200, 90, 30]]], np.uint8)),
     "3x97.png": lambda: _png(_picture(3, _LONG_PX)),
     "97x3.png": lambda: _png(_picture(_LONG_PX, 3)),

@@ -20,15 +20,12 @@ from byol_deploy import formats
 from byol_deploy.errors import UsageError
 from byol_deploy.formats import RunOptions
 from byol_deploy.formats._layers import LayeredFile
+from byol_deploy.parity import NOISE_MULTIPLE
 
 if TYPE_CHECKING:
     from torch import nn
 
     from byol_deploy.pipeline.recording import Recording
-
-NOISE_MULTIPLE = 10.0
-"""The budget of a layer, in noise floors of that layer, for the reason that :mod:`byol_deploy.parity` gives for the
-outputs: a correct runtime lies within two floors, real faults are orders of magnitude beyond ten."""
 
 LEAST_NOISE = 2e-7
 """The noise floor where the measured one is smaller: about two float32 roundings (2**-23). Layers that only move or

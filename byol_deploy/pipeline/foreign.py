@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from byol_deploy import formats
-from byol_deploy.errors import BundleError, ProviderError, UsageError, require_packages
+from byol_deploy.errors import BundleError, UsageError, require_packages
 from byol_deploy.formats import Format, Run, RunOptions
 from byol_deploy.images import ImageSource, printable
 from byol_deploy.parity import (
@@ -24,15 +24,13 @@ from byol_deploy.parity import (
     AnyLimit,
     ParityReport,
     as_rows,
-    cannot_run,
-    compare_run,
     distance_apart,
     first_line,
     not_comparable,
     unsteady,
 )
 from byol_deploy.pipeline.asking import Asked, Form, Layout, RefusedError, ask, find_target, lent
-from byol_deploy.pipeline.proof import LARGEST_BATCH, Condition, few, limits_for, matrix
+from byol_deploy.pipeline.proof import LARGEST_BATCH, Condition, Sessions, few, limits_for, matrix
 from byol_deploy.pipeline.reference import (
     CROWD,
     REAL_IMAGES,
@@ -205,8 +203,8 @@ class _Trial:
         self.notes: list[str] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.conditions = list(self._conditions(matrix(file.format, options)))
-        self.sessions: dict[RunOptions, Run] = {options: file.format.load(file.path, options)}
-        self._look()
+        self.sessions = Sessions(file.path.name, lambda asked: self._rows(file.format.load(file.path, asked)))
+        self._look(file.format.load(file.path, options))
 
     def _conditions(self, all_of_them: Sequence[Condition]) -> Iterator[Condition]:
         """Those that are possible: a fixed batch leaves one of the batch sizes."""
@@ -217,11 +215,11 @@ class _Trial:
                 seen.add(chosen)
                 yield chosen
 
-    def _look(self) -> None:
+    def _look(self, run: Run) -> None:
         """Run the file once, for the shapes of its outputs."""
         images = self.asked.example
         try:
-            outputs = self.sessions[self.options](self.file.form.of(images, self.asked.preprocessing))
+            outputs = run(self.file.form.of(images, self.asked.preprocessing))
         except Exception as error:
             # Every comparison will say so, as a failed row.
             self.notes.append(f"the file cannot be run on the images of its shape: {first_line(error)}")
@@ -318,16 +316,7 @@ class _Trial:
 
     def _run(self, condition: Condition, images: ImageSet, *, agreement: bool = False) -> None:
         limits: Mapping[str, AnyLimit] = limits_for(images, self.file.precision, agreement=agreement)
-        subject = condition.subject(self.file.path.name, images)
-        try:
-            if condition.options not in self.sessions:
-                self.sessions[condition.options] = self.file.format.load(self.file.path, condition.options)
-        except (BundleError, ProviderError) as error:
-            self.reports.append(cannot_run(images.expected, limits, subject, error))
-            return
-        report = compare_run(self._rows(self.sessions[condition.options]), images.images, condition.batch_size,
-                             images.expected, limits, subject, different_images=images.different)  # fmt: skip
-        self.reports.append(report)
+        self.reports.append(self.sessions.compare(condition, images, limits))
 
     def _rows(self, run: Run) -> Run:
         """The file as a function from pixels to rows."""

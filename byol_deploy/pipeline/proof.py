@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,12 +164,48 @@ def matrix(format: Format, base: RunOptions) -> list[Condition]:
     return conditions
 
 
+class Sessions:
+    """A file opened under several conditions, under each of them once.
+
+    Args:
+        file: Its name, for the report.
+        load: Opens it.
+    """
+
+    def __init__(self, file: str, load: Callable[[RunOptions], Run]) -> None:
+        self.file = file
+        self.load = load
+        self._open: dict[RunOptions, Run] = {}
+
+    def __getitem__(self, options: RunOptions) -> Run:
+        """The file as a function; raises what ``load`` raises."""
+        if options not in self._open:
+            self._open[options] = self.load(options)
+        return self._open[options]
+
+    def compare(
+        self,
+        condition: Condition,
+        images: ImageSet,
+        limits: Mapping[str, AnyLimit],
+        among: tuple[Outputs, Outputs] | None = None,
+    ) -> ParityReport:
+        """Run images under one condition and compare; a file that does not open so is a failed row."""
+        subject = condition.subject(self.file, images)
+        try:
+            run = self[condition.options]
+        except (BundleError, ProviderError) as error:
+            return cannot_run(images.expected, limits, subject, error)
+        return compare_run(run, images.images, condition.batch_size, images.expected, limits, subject,
+                           different_images=images.different, among=among)  # fmt: skip
+
+
 def _folded(stored: np.ndarray, online: np.ndarray) -> bool:
     """Whether a weight is the online one times a factor for each output channel: batch norm was folded into it.
 
     Such a factor is no proof for or against a branch; what it does to the outputs the comparison shows.
     """
-    if stored.shape != online.shape or online.ndim < 2 or stored.dtype.kind != "f":
+    if stored.shape != online.shape or online.ndim < 2 or stored.dtype.kind != "f" or not stored.any():
         return False
     rows, ours = stored.reshape(len(stored), -1).astype(np.float64), online.reshape(len(online), -1).astype(np.float64)
     length = (ours**2).sum(axis=1)
@@ -222,25 +258,19 @@ def compare_file(
     """
     if reference.fault:
         return FileComparison(not_comparable(reference.real.expected, reference.fault, subject=path.name), {})
-    sessions: dict[RunOptions, Run] = {options: format.load(path, options)}
-    crowd, everybody = _crowd(path, sessions[options], reference.crowd, precision)
+    sessions = Sessions(path.name, lambda asked: format.load(path, asked))
+    whole = sessions[options]
+    crowd, everybody = _crowd(path, whole, reference.crowd, precision)
     among = (reference.crowd.expected, crowd)
 
     def run(condition: Condition, images: ImageSet) -> ParityReport:
-        subject, limits = condition.subject(path.name, images), limits_for(images, precision)
-        try:
-            if condition.options not in sessions:
-                sessions[condition.options] = format.load(path, condition.options)
-        except (BundleError, ProviderError) as error:
-            return cannot_run(images.expected, limits, subject, error)
-        return compare_run(sessions[condition.options], images.images, condition.batch_size, images.expected, limits,
-                           subject, different_images=images.different, among=among)  # fmt: skip
+        return sessions.compare(condition, images, limits_for(images, precision), among)
 
     reports = [run(condition, reference.real) for condition in matrix(format, options)]
     reports += [run(Condition(options, size, ""), reference.awkward) for size in (_AWKWARD_BATCH, 1)]
     reports.append(everybody)
     if "embedding" in reference.real.expected:
-        reports.append(_end_to_end(path, format, sessions[options], reference, precision, among))
+        reports.append(_end_to_end(path, format, whole, reference, precision, among))
     return FileComparison(ParityReport.merged(reports), crowd)
 
 
