@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbones import Entry, lively_model, machine
+from backbones import Entry, lively_model
+from machine import machine
 
 import byol_deploy
 from byol_deploy.runtime import usable_cores

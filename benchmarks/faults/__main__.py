@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import encoders
-from backbones import machine
+from machine import machine
 
 from faults import CASES, judge
 from faults.judges import OURS, Judges
