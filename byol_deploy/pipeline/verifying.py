@@ -117,7 +117,8 @@ class VerifyReport:
         """``PASS``, ``PASS with warnings`` or ``FAIL``."""
         if not self.passed:
             return "FAIL"
-        return "PASS with warnings" if self.warnings else "PASS"
+        inside = any(artefact.parity is not None and artefact.parity.warnings for artefact in self.artefacts)
+        return "PASS with warnings" if self.warnings or inside else "PASS"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -230,13 +231,22 @@ def verify(
     if against is None and any(value is not None for value in given.values()):
         names = " and ".join(name for name, value in given.items() if value is not None)
         raise UsageError(f"{names} needs --against: without it only the golden cases are compared")
-    if against is not None and _is_foreign(path):
+    if _is_foreign(path):
+        if against is None:
+            raise BundleError(
+                f"{printable(path)} is not a byol-deploy file: it carries no contract and no golden cases to test it "
+                "with; compare it with the PyTorch module that it was made from: --against module:callable"
+            )
         from byol_deploy.pipeline.foreign import verify_foreign
 
         if explain is not None or report is not None:
             raise UsageError("--explain and --report are for files of byol-deploy; leave them out")
         return verify_foreign(path, against=os.fspath(against), data=data, image_size=image_size, mean=mean, std=std,
                               provider=provider, threads=threads, say=say)  # fmt: skip
+    stated = {"--image-size": image_size, "--mean": mean, "--std": std}
+    if any(value is not None for value in stated.values()):
+        names = " and ".join(name for name, value in stated.items() if value is not None)
+        raise UsageError(f"{names} is for a file from elsewhere: {printable(path)} says itself how its images are made")
     opened = _open(path)
     options = formats.RunOptions(provider, threads)
     shown = printable(path)

@@ -72,3 +72,44 @@ def test_bad_input_is_one_sentence_and_its_code(run: Callable[..., Any], tiny_bu
     assert run(tiny_bundle, "--data", tmp_path).returncode == 2
     assert run(tiny_bundle, "--threads", "0").returncode == 2
     assert run(tiny_bundle, "--provider", "nonsense").returncode == 2
+
+
+def test_options_of_foreign_files_are_not_taken_in_silence(
+    run: Callable[..., Any], tiny_bundle: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    done = run(tiny_bundle, "--against", tiny_run, "--mean", "0.5,0.5,0.5", "--image-size", "64")
+    assert done.returncode == 2
+    assert "--image-size and --mean is for a file from elsewhere" in done.stderr
+    assert run(tiny_bundle, "--mean", "0.5").returncode == 2
+
+
+def test_a_foreign_file_alone_says_what_to_compare_it_with(
+    run: Callable[..., Any], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    model = onnx.load(tiny_bundle / "model.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    done = run(tmp_path / "foreign.onnx")
+    assert done.returncode == 3
+    assert "--against module:callable" in done.stderr
+
+
+def test_another_decoder_is_a_pass_with_warnings(run: Callable[..., Any], tiny_bundle: Path, tmp_path: Path) -> None:
+    """A JPEG whose pixels are not those of the exporting machine, as another libjpeg would give them."""
+    from byol_deploy.bundle import Bundle, golden_to_bytes, sha256_file
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    golden = Bundle.open(bundle).golden
+    hashes = golden.pixels_sha256 | {"progressive.jpg": "0" * 64}
+    moved = type(golden)(golden.images, golden.outputs, golden.files, hashes, golden.file_outputs)
+    (bundle / "golden.npz").write_bytes(golden_to_bytes(moved))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["golden"]["sha256"] = sha256_file(bundle / "golden.npz")
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    done = run(bundle)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("PASS with warnings")
+    assert "gives other pixels for progressive.jpg" in done.stdout
