@@ -12,8 +12,8 @@ norm: about 1e-4). benchmarks/results/backbones.md holds what was measured on th
 **Reduced precision.** An int8 file is not the same function, and no multiple of float32's noise says whether it is
 still the same *encoder*. :class:`FidelityLimit` asks what an embedding is used for: by what part of the distance
 between two images do they drift (the margin), and do they keep their nearest neighbours? Measured on three trained
-encoders (benchmarks/results/faults.md): bfloat16, float16 and int8 with a sound calibration have margins up to 0.19,
-int8 calibrated on noise and int8 that ruins a network from 0.29 up. Raw distances do not separate them: bfloat16 moves
+encoders (benchmarks/results/faults.md): bfloat16, float16 and int8 with a sound calibration have margins up to 0.21,
+int8 calibrated on noise and int8 that ruins a network from 0.30 up. Raw distances do not separate them: bfloat16 moves
 all images of a crowded embedding alike.
 """
 
