@@ -11,7 +11,7 @@ import numpy as np
 from byol_deploy.errors import BundleError
 from byol_deploy.formats import Format, RunOptions
 from byol_deploy.parity import Limit, ParityReport
-from byol_deploy.pipeline.explaining import Explanation, explain_file
+from byol_deploy.pipeline.explain.drift import Explanation, explain_file
 from byol_deploy.pipeline.reference import Reference
 from byol_deploy.report import FileEvidence, ParityBlock, write_verify_report
 

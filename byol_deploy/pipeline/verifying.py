@@ -17,7 +17,7 @@ from byol_deploy.errors import BundleError, OutputError, ProviderError, UsageErr
 from byol_deploy.host import describe_host
 from byol_deploy.images import printable
 from byol_deploy.parity import ParityReport, first_line
-from byol_deploy.pipeline.explaining import Explanation, explain_file
+from byol_deploy.pipeline.explain.drift import Explanation, explain_file
 from byol_deploy.pipeline.proof import compare_file, momentum_tensors, prove_branch
 from byol_deploy.pipeline.reference import Reference, build_reference
 from byol_deploy.pipeline.showing import drift_of, file_evidence, show_verification
@@ -412,8 +412,8 @@ def _explain(
     broken: bool,
 ) -> tuple[Explanation | None, list[str]]:
     """The drift along the graph, its plot, and the layer at fault alone; and in words what was written."""
-    from byol_deploy.pipeline.drift_view import write_drift_plot
-    from byol_deploy.pipeline.reproduction import write_reproduction
+    from byol_deploy.pipeline.explain.reproduction import write_reproduction
+    from byol_deploy.pipeline.explain.view import write_drift_plot
 
     try:
         found = explain_file(file.path, format, graph, images, precision=file.precision, options=options)

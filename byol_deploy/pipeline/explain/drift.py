@@ -1,8 +1,8 @@
 """Where a written file begins to differ from the trained model: the drift along the graph, layer by layer.
 
-The trained model is recorded in float32 and in float64 (:mod:`byol_deploy.pipeline.recording`), the file is read at the
-same places (:meth:`byol_deploy.formats.Format.layers`). Each place is measured twice: the *drift* as it has added up
-from the images on, and the layer's *own*, when everything that it reads is the reference's. The first says where a
+The trained model is recorded in float32 and in float64 (:mod:`byol_deploy.pipeline.explain.recording`), the file is read
+at the same places (:meth:`byol_deploy.formats.Format.layers`). Each place is measured twice: the *drift* as it has added
+up from the images on, and the layer's *own*, when everything that it reads is the reference's. The first says where a
 file leaves its budget, the second which layer is to blame.
 """
 
@@ -25,7 +25,7 @@ from byol_deploy.parity import NOISE_MULTIPLE
 if TYPE_CHECKING:
     from torch import nn
 
-    from byol_deploy.pipeline.recording import Recording
+    from byol_deploy.pipeline.explain.recording import Recording
 
 LEAST_NOISE = 2e-7
 """The noise floor where the measured one is smaller: about two float32 roundings (2**-23). Layers that only move or
@@ -195,7 +195,7 @@ class Explanation:
 
     def text(self, all_layers: bool = False) -> str:
         """A table: the first culprit, its neighbours and the worst few, or every layer."""
-        from byol_deploy.pipeline.drift_view import table
+        from byol_deploy.pipeline.explain.view import table
 
         return table(self, all_layers)
 
@@ -272,7 +272,7 @@ def explain_file(
         raise UsageError(f"precision is {precision!r}; use one of {', '.join(UNIT_ROUNDOFF)}")
     if not len(images):
         raise UsageError("no image was given to explain a file with; pass a few, e.g. 4")
-    from byol_deploy.pipeline.recording import doubled, record_both
+    from byol_deploy.pipeline.explain.recording import doubled, record_both
 
     double_graph = doubled(graph)
     file: LayeredFile | None = None

@@ -21,10 +21,10 @@ from byol_deploy import formats
 from byol_deploy.errors import BundleError, OutputError, UsageError
 from byol_deploy.formats import Signature
 from byol_deploy.graph import EncoderGraph
-from byol_deploy.pipeline.drift_view import write_drift_plot
-from byol_deploy.pipeline.explaining import Explanation, budget_of, explain_file, relative_l2
-from byol_deploy.pipeline.recording import record
-from byol_deploy.pipeline.reproduction import write_reproduction
+from byol_deploy.pipeline.explain.drift import Explanation, budget_of, explain_file, relative_l2
+from byol_deploy.pipeline.explain.recording import record
+from byol_deploy.pipeline.explain.reproduction import write_reproduction
+from byol_deploy.pipeline.explain.view import write_drift_plot
 from byol_deploy.preprocess import Preprocessing
 from byol_deploy.training.backbones import build_backbone
 from byol_deploy.training.byol import BYOL

@@ -20,12 +20,12 @@ from byol_deploy.atomic import publish_folder
 from byol_deploy.errors import OutputError, UsageError
 from byol_deploy.formats import RunOptions
 from byol_deploy.formats._layers import ROOT, Call, Cut, CutInput, LayeredFile, Layout
-from byol_deploy.pipeline.explaining import Explanation, Layer, relative_l2
+from byol_deploy.pipeline.explain.drift import Explanation, Layer, relative_l2
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from byol_deploy.pipeline.recording import Recording
+    from byol_deploy.pipeline.explain.recording import Recording
 
 _SCRIPT = '''"""Compares one layer of an exported file with the same layer in PyTorch.
 
@@ -151,7 +151,7 @@ def write_reproduction(
         format: Its format.
         graph: The trained model.
         images: (n, H, W, 3) uint8: the images of the explanation. The one that shows it best is taken.
-        explanation: Of :func:`byol_deploy.pipeline.explaining.explain_file`.
+        explanation: Of :func:`byol_deploy.pipeline.explain.drift.explain_file`.
         layer: One of the explanation's layers; None takes the culprit.
         options: How the file is run.
         force: Replace a folder that is there.
@@ -160,7 +160,7 @@ def write_reproduction(
         UsageError: Nothing is past its budget, or the layer is not the explanation's.
         OutputError: The folder cannot be written.
     """
-    from byol_deploy.pipeline.recording import doubled, record_both
+    from byol_deploy.pipeline.explain.recording import doubled, record_both
 
     chosen = explanation.culprit if layer is None else layer
     if chosen is not None and layer is None and not (chosen.own_past or chosen.past):

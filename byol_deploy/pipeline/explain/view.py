@@ -9,14 +9,14 @@ from byol_deploy.atomic import publish_file
 from byol_deploy.report import drift_svg
 
 if TYPE_CHECKING:
-    from byol_deploy.pipeline.explaining import Explanation, Layer
+    from byol_deploy.pipeline.explain.drift import Explanation, Layer
 
 _NEIGHBOURS = 2
 _WORST = 3
 
 
 def table(explanation: Explanation, all_layers: bool = False) -> str:
-    """See :meth:`byol_deploy.pipeline.explaining.Explanation.text`."""
+    """See :meth:`byol_deploy.pipeline.explain.drift.Explanation.text`."""
     lines = [explanation.verdict()]
     lines += [f"note: {note}" for note in explanation.notes]
     layers = explanation.layers
