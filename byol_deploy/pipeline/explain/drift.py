@@ -1,9 +1,9 @@
 """Where a written file begins to differ from the trained model: the drift along the graph, layer by layer.
 
-The trained model is recorded in float32 and in float64 (:mod:`byol_deploy.pipeline.explain.recording`), the file is read
-at the same places (:meth:`byol_deploy.formats.Format.layers`). Each place is measured twice: the *drift* as it has added
-up from the images on, and the layer's *own*, when everything that it reads is the reference's. The first says where a
-file leaves its budget, the second which layer is to blame.
+The trained model is recorded in float32 and in float64 (:mod:`byol_deploy.pipeline.explain.recording`), the file is
+read at the same places (:meth:`byol_deploy.formats.Format.layers`). Each place is measured twice: the *drift* as it
+has added up from the images on, and the layer's *own*, when everything that it reads is the reference's. The first
+says where a file leaves its budget, the second which layer is to blame.
 """
 
 from __future__ import annotations
