@@ -243,6 +243,23 @@ def test_each_image_has_its_own_limit() -> None:
     assert "derived for 6" in one(double["embedding"][:5], drifted[:5], {"embedding": limit}).failures[0]
 
 
+def test_images_that_are_no_photographs_do_not_widen_the_limits_of_those_that_are() -> None:
+    double = {"embedding": vectors(6).astype(np.float64)}
+    noise = np.array([1e-6, 1e-6, 1e-2, 1e-2, 1e-2, 1e-2])[:, None]
+    limit = derive_limits({"embedding": double["embedding"] * (1 + noise)}, double, ordinary=2)["embedding"]
+    assert limit.subset([0, 1]).rel_l2 == pytest.approx(1e-5, rel=1e-4)
+    # Nor do they make every exchanged neighbour level, or all images alike.
+    report = one(double["embedding"], double["embedding"], {"embedding": limit})
+    assert report.passed
+    assert limit.noise_of_images(6) == pytest.approx([1e-6, 1e-6, 1e-2, 1e-2, 1e-2, 1e-2], rel=1e-3)
+
+
+def test_images_without_a_float64_get_room_for_the_spread_of_two_roundings() -> None:
+    limit = Limit(1e-5, 0.999, 1e-6, (1e-5, 5e-6)).widened(np.array([1e-7, 4e-6, 1.0]))
+    assert limit.each == pytest.approx((1e-5, 4e-5, 0.1))
+    assert limit.rel_l2 == pytest.approx(0.1)
+
+
 def test_the_noise_is_the_largest_of_several_evaluations() -> None:
     double = {"embedding": vectors().astype(np.float64)}
     quiet, loud = ({"embedding": double["embedding"] * (1 + noise)} for noise in (1e-7, 4e-6))
@@ -256,6 +273,7 @@ def test_a_limit_survives_json_and_keeps_its_images() -> None:
     assert Limit.from_dict({"rel_l2": 1e-4, "cosine": 0.9, "noise_rel_l2": 0}) == Limit(1e-4, 0.9)
     assert limit.subset([0, 2]).each == (1e-5, 2e-5)
     assert limit.subset([0, 2]).rel_l2 == 2e-5
+    assert limit.subset([0, 2]).noise_rel_l2 == pytest.approx(2e-6), "what the noisy image is like says nothing here"
     for each in ([1e-3, 1e-5, 1e-5], [0.0, 1e-5, 1e-5], ["x"], 5):
         with pytest.raises(ValueError, match=r"limit|number"):
             Limit.from_dict(limit.to_dict() | {"each": each})

@@ -41,6 +41,7 @@ from byol_deploy.parity.measures import (
     distance_apart,
     neighbour_agreement,
     neighbours,
+    relative_l2,
     separation_margin,
 )
 from byol_deploy.parity.report import ParityReport, ParityRow
@@ -75,6 +76,7 @@ __all__ = [
     "neighbour_agreement",
     "neighbours",
     "not_comparable",
+    "relative_l2",
     "run_in_batches",
     "separation_margin",
     "unsteady",

@@ -218,9 +218,9 @@ def _compare_one(
     each = limit.of_images(n) if isinstance(limit, Limit) else np.full(n, math.inf)
     if each is None:
         return impossible(f"there are {n} images, its limit was derived for {len(limit.each)}", n)  # type: ignore[union-attr]
-    noise = limit.noise_rel_l2 if isinstance(limit, Limit) else 0.0
+    noise = limit.noise_of_images(n) if isinstance(limit, Limit) else np.zeros(n)
     reference, tested = as_rows(expected), as_rows(actual)
-    if different_images and n >= FEWEST_FOR_SEPARATION and all_alike(reference, noise):
+    if different_images and n >= FEWEST_FOR_SEPARATION and all_alike(reference, float(np.median(noise))):
         return impossible(f"the reference gives the same vector for all {n} images: a constant output, a collapsed "
                           "encoder, or images that are all alike", n)  # fmt: skip
 
@@ -251,7 +251,7 @@ def _compare_one(
         passed=False,
     )
     if isinstance(limit, Limit):
-        mine = Limit(float(each[image]), limit.cosine, limit.noise_rel_l2)
+        mine = Limit(float(each[image]), limit.cosine, float(noise[image]))
         return _by_rounding(replace(row, limit=mine, severity=row.rel_l2 / mine.rel_l2))
     return _by_fidelity(row, limit)
 

@@ -81,11 +81,27 @@ class Limit:
             return None
         return np.array(self.each) if self.each else np.full(n, self.rel_l2)
 
+    def noise_of_images(self, n: int) -> np.ndarray:
+        """(n,) float64: each image's noise floor, from which its limit was derived; 0 where it is not known."""
+        if not self.each:
+            return np.full(n, self.noise_rel_l2)
+        return np.minimum(np.array(self.each) / NOISE_MULTIPLE, self.noise_rel_l2)
+
     def subset(self, places: Sequence[int]) -> Limit:
-        """The limit of some of the images."""
-        chosen = tuple(self.each[place] for place in places) if self.each else ()
-        largest = max(chosen, default=self.rel_l2)
-        return Limit(largest, _cosine_of(largest), self.noise_rel_l2, chosen, self.apart)
+        """The limit of some of the images: what the others are like says nothing about them."""
+        if not self.each or not len(places):
+            return self
+        return _limit([self.each[place] for place in places], self.noise_rel_l2, self.apart)
+
+    def widened(self, spread: np.ndarray) -> Limit:
+        """The limit of other images of the same kind, of which no float64 is known.
+
+        Args:
+            spread: (N,), for each of them the relative L2 distance of two float32 evaluations that round otherwise.
+                Where that alone is beyond the noise that is known, it is the image's floor.
+        """
+        each = np.clip(NOISE_MULTIPLE * spread, self.rel_l2, MOST_REL_L2)
+        return _limit(each.tolist(), max(self.noise_rel_l2, float(spread.max(initial=0.0))), self.apart)
 
     def to_dict(self) -> dict[str, Any]:
         """As in a manifest: rel_l2, cosine, noise_rel_l2, and ``each`` and ``apart`` where there are any."""
@@ -188,8 +204,7 @@ def derive_limits(
     single: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]],
     double: Mapping[str, np.ndarray] | None,
     *,
-    multiple: float = NOISE_MULTIPLE,
-    least: float = LEAST_REL_L2,
+    ordinary: int | None = None,
 ) -> dict[str, Limit]:
     """Limits for each image from the reference's own float32 noise.
 
@@ -198,13 +213,13 @@ def derive_limits(
             otherwise. One evaluation is one draw of rounding errors, which may happen to be small.
         double: The same images in float64; None where the model cannot compute in float64. The limit is then
             a round 1e-4, which every family measured so far keeps with an order to spare.
-        multiple: Limit in noise floors.
-        least: Smallest limit.
+        ordinary: How many of the images, the first ones, are such as the model was made for; None is all.
 
     Returns:
-        Output name to its limit. An image's floor is its own noise, and no less than the median of all: a draw that
-        happened to round well must not make its limit unreachable. A cosine belongs to a relative error r: the angle
-        between a vector and one that lies r of its length away is at most asin(r), so it is at least sqrt(1 - r^2).
+        Output name to its limit. An image's floor is its own noise, and no less than the median of the ordinary ones:
+        a draw that happened to round well must not make its limit unreachable. A cosine belongs to a relative error r:
+        the angle between a vector and one that lies r of its length away is at most asin(r), so it is at least
+        sqrt(1 - r^2).
     """
     draws = [single] if isinstance(single, Mapping) else list(single)
     limits = {}
@@ -213,15 +228,20 @@ def derive_limits(
             limits[name] = Limit(BLIND_REL_L2, _cosine_of(BLIND_REL_L2))
             continue
         noise = np.max([_noise(draw[name], double[name]) for draw in draws], axis=0, initial=0.0)
-        finite = noise[np.isfinite(noise)]
-        typical = float(np.median(finite)) if finite.size else 0.0
+        known = noise[: len(expected) if ordinary is None else ordinary]
+        known = known[np.isfinite(known)]
+        typical = float(np.median(known)) if known.size else 0.0
         floors = np.where(np.isfinite(noise), np.maximum(noise, typical), typical)
-        each = np.clip(multiple * floors, least, MOST_REL_L2)
-        largest = float(each.max()) if len(expected) else least
-        limits[name] = Limit(
-            largest, _cosine_of(largest), float(finite.max()) if finite.size else 0.0, tuple(each.tolist())
-        )
+        each = np.clip(NOISE_MULTIPLE * floors, LEAST_REL_L2, MOST_REL_L2)
+        finite = noise[np.isfinite(noise)]
+        limits[name] = _limit(each.tolist() or [LEAST_REL_L2], float(finite.max(initial=0.0)), None)
     return limits
+
+
+def _limit(each: Sequence[float], noise: float, apart: float | None) -> Limit:
+    """A limit for each image, with the noise of these images: no more than they were given room for."""
+    largest = max(each)
+    return Limit(largest, _cosine_of(largest), min(noise, largest / NOISE_MULTIPLE), tuple(each), apart)
 
 
 def image_noise(

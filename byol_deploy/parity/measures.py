@@ -101,7 +101,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return found
 
 
-def centred_cosine_min(actual: np.ndarray, expected: np.ndarray, noise_rel_l2: float) -> float | None:
+def centred_cosine_min(actual: np.ndarray, expected: np.ndarray, noise_rel_l2: float | np.ndarray) -> float | None:
     """Smallest cosine after subtracting the means, over the images that are farther from the mean than noise."""
     centred = expected - expected.mean(axis=0)
     floor = 10 * noise_rel_l2 * np.linalg.norm(expected, axis=1)

@@ -37,6 +37,7 @@ from byol_deploy.pipeline.reference import (
     SYNTHETIC,
     ImageSet,
     Noise,
+    crowd_limits,
     real_images,
     synthetic_images,
 )
@@ -264,7 +265,7 @@ class _Trial:
         if not expected:
             return
         noise = self._noise(np.concatenate([crowd[:count], self.file.cut(synthetic_images(max(crowd.shape[1:3])))]),
-                            expected)  # fmt: skip
+                            expected, ordinary=count)  # fmt: skip
         real = noise.image_set("real images", range(count))
         fault = self._unsteady(real)
         if fault:
@@ -280,8 +281,9 @@ class _Trial:
             awkward = noise.image_set("awkward images", told, different=False)
             for size in (_AWKWARD_BATCH, 1) if self.file.batch is None else (self.file.batch,):
                 self._run(Condition(self.options, size, ""), awkward)
-        whole = ImageSet(f"{len(crowd)} real images", crowd, expected,
-                         {output: replace(limit, each=()) for output, limit in real.limits.items()})  # fmt: skip
+        known = {output: limit for output, limit in real.limits.items() if output in expected}
+        allowed = known if noise.blind else crowd_limits(cast(Any, self.asked), crowd, expected, known)
+        whole = ImageSet(f"{len(crowd)} real images", crowd, expected, allowed)
         self._run(Condition(self.options, self.file.batch or LARGEST_BATCH, ""), whole, agreement=True)
 
     def on_resolutions(self, found: Sequence[ImageSource], size_px: int, say: Callable[[str], None]) -> None:
@@ -298,12 +300,14 @@ class _Trial:
             except RefusedError as error:
                 self.notes.append(f"{side} px was left out: the reference itself refuses it ({first_line(error)})")
                 continue
-            at = self._noise(images, expected).image_set(f"real images of {side} px", range(len(images)))
+            at = self._noise(images, expected, ordinary=len(images)).image_set(
+                f"real images of {side} px", range(len(images))
+            )
             self._run(Condition(self.options, self.file.batch or 3, ""), at)
 
-    def _noise(self, images: np.ndarray, expected: Mapping[str, np.ndarray]) -> Noise:
+    def _noise(self, images: np.ndarray, expected: Mapping[str, np.ndarray], *, ordinary: int) -> Noise:
         apart = {name: distance_apart(as_rows(v)) if v.dtype.kind == "f" else None for name, v in expected.items()}
-        noise = Noise(cast(Any, self.asked), images, apart)
+        noise = Noise(cast(Any, self.asked), images, apart, ordinary=ordinary)
         self.warnings += [noise.blind] if noise.blind else []
         return noise
 

@@ -20,7 +20,16 @@ from byol_deploy.awkward import awkward_files
 from byol_deploy.errors import DataError
 from byol_deploy.golden import Golden, pixels_hash
 from byol_deploy.images import BadImages, ImageSource, describe, find_images
-from byol_deploy.parity import Limit, as_rows, derive_limits, distance_apart, first_line, image_noise, unsteady
+from byol_deploy.parity import (
+    Limit,
+    as_rows,
+    derive_limits,
+    distance_apart,
+    first_line,
+    image_noise,
+    relative_l2,
+    unsteady,
+)
 from byol_deploy.preprocess import Preprocessing
 from byol_deploy.separation import Separation, separation
 
@@ -122,6 +131,7 @@ def build_reference(
         graph,
         np.concatenate([crowd_images[:count], synthetic_images(preprocessing.size_px), pixels]),
         {name: distance_apart(as_rows(values)) for name, values in crowd_expected.items()},
+        ordinary=count,
     )
     warnings = [noise.blind] if noise.blind else []
     first, second = count, count + len(SYNTHETIC)
@@ -155,10 +165,11 @@ def build_reference(
         f"{len(found)} real images",
         crowd_images,
         crowd_expected,
-        # Their own noise is not known: the largest of the images for which it is.
-        {name: replace(limit, each=()) for name, limit in real.limits.items()},
+        crowd_limits(graph, crowd_images, crowd_expected, real.limits) if not noise.blind else dict(real.limits),
     )
-    apart = separation(next(iter(crowd.expected.values())), noise_rel_l2=next(iter(real.limits.values())).noise_rel_l2)
+    deployed = next(iter(crowd.expected))
+    usual = float(np.median(real.limits[deployed].noise_of_images(count)))
+    apart = separation(crowd.expected[deployed], noise_rel_l2=usual)
     warnings += apart.warnings
     if len(found) < GOLDEN_CASES:
         warnings.append(f"only {len(found)} different real images were compared; {GOLDEN_CASES} or more say more")
@@ -170,15 +181,36 @@ def build_reference(
     )  # fmt: skip
 
 
-class Noise:
-    """The reference for some images in float64, in float32, and in float32 with other rounding."""
+def crowd_limits(
+    graph: EncoderGraph, images: np.ndarray, expected: Mapping[str, np.ndarray], known: Mapping[str, Limit]
+) -> dict[str, Limit]:
+    """Limits of many images from those of a few: float64 for all of them would take too long."""
+    other = rounded_otherwise(graph)[-1].run(images, _BATCH)
+    return {
+        name: known[name].widened(relative_l2(as_rows(other[name]), as_rows(values)))
+        for name, values in expected.items()
+    }
 
-    def __init__(self, graph: EncoderGraph, images: np.ndarray, apart: Mapping[str, float | None]) -> None:
+
+class Noise:
+    """The reference for some images in float64, in float32, and in float32 with other rounding.
+
+    Args:
+        graph: The reference.
+        images: (N, H, W, 3) uint8.
+        apart: For each output how near two different real images lie, for the limits.
+        ordinary: How many of the images, the first ones, are real.
+    """
+
+    def __init__(
+        self, graph: EncoderGraph, images: np.ndarray, apart: Mapping[str, float | None], *, ordinary: int
+    ) -> None:
         self.images = images
         self.blind = ""
         # An upright image and the same one stored lying on its side are one image here: float64 is slow.
-        _, first, place = np.unique(images.reshape(len(images), -1), axis=0, return_index=True, return_inverse=True)
-        once, back = images[first], place.ravel()
+        places: dict[bytes, int] = {}
+        back = np.array([places.setdefault(image.tobytes(), len(places)) for image in images])
+        once = images[np.unique(back, return_index=True)[1]]
         draws = [graph.run(once)]
         double = None
         try:
@@ -194,7 +226,7 @@ class Noise:
         self.noise = np.zeros(len(images)) if double is None else image_noise(draws, double)[back]
         self.limits = {
             name: replace(limit.subset(back.tolist()), apart=apart[name])
-            for name, limit in derive_limits(draws, double).items()
+            for name, limit in derive_limits(draws, double, ordinary=ordinary).items()
         }
 
     def told(self, places: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from byol_deploy.errors import BundleError
 from byol_deploy.formats import Format, RunOptions
-from byol_deploy.parity import Limit, ParityReport
+from byol_deploy.parity import ParityReport
 from byol_deploy.pipeline.explain.drift import Explanation, explain_file
 from byol_deploy.pipeline.reference import Reference
 from byol_deploy.report import FileEvidence, ParityBlock, write_verify_report
@@ -39,7 +39,7 @@ def file_evidence(reference: Reference, crowd: Mapping[str, np.ndarray], explain
         reference=reference.crowd.expected[first],
         embeddings=found if whole else None,
         images=reference.crowd.images,
-        noise_rel_l2=limit.noise_rel_l2 if isinstance(limit, Limit) else 0.0,
+        noise_rel_l2=limit.noise_of_images(len(reference.crowd.images)),
         drift=None if explained is None else explained.series(),
         drift_verdict="" if explained is None else explained.verdict(),
     )

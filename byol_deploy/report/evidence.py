@@ -174,7 +174,7 @@ def _shown(evidence: Mapping[str, FileEvidence]) -> _Shown:
         if one.reference is None:
             continue
         if apart is None:
-            apart = separation(one.reference, noise_rel_l2=float(np.max(one.noise_rel_l2, initial=0.0)))
+            apart = separation(one.reference, noise_rel_l2=float(np.median(one.noise_rel_l2)))
         if one.embeddings is None:
             continue
         try:
