@@ -209,6 +209,36 @@ def _tidy(model: Any, parameters: set[str]) -> None:
         for unused in (common.RemoveUnusedNodesPass, common.RemoveUnusedFunctionsPass, common.RemoveUnusedOpsetsPass):
             unused()(model)
         common.OutputFixPass()(model)
+    _hold_pads_before_pools(model)
+
+
+def _hold_pads_before_pools(model: Any) -> None:
+    """Put a Clip that clips nothing between a Pad and a MaxPool.
+
+    ONNX Runtime (1.31 at least) merges the two when the padding is 0 (its PadFusion), but a MaxPool pads with minus
+    infinity: wherever all values under the window's edge are negative the result is another one. timm's BiT networks
+    are built so; one of them came out 25 % off.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        follows = [user for user, _ in node.outputs[0].uses()]
+        if node.op_type != "Pad" or not any(user.op_type == "MaxPool" for user in follows):
+            continue
+        lowest = ir.Value(
+            name=f"{node.outputs[0].name}_lowest",
+            const_value=ir.tensor(np.finfo(np.float32).min, dtype=ir.DataType.FLOAT),
+            type=ir.TensorType(ir.DataType.FLOAT),
+            shape=ir.Shape([]),
+        )
+        model.graph.initializers[lowest.name] = lowest
+        held = ir.node("Clip", [node.outputs[0], lowest], metadata_props=dict(node.metadata_props))
+        held.outputs[0].type, held.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        held.outputs[0].name = f"{node.outputs[0].name}_held"
+        for user, place in tuple(node.outputs[0].uses()):
+            if user is not held and user.op_type == "MaxPool":
+                user.replace_input_with(place, held.outputs[0])
+        model.graph.insert_after(node, held)
 
 
 def _name_after_modules(model: Any, parameters: set[str]) -> None:

@@ -79,6 +79,29 @@ def test_parity_at_every_batch_size(written: tuple[Any, Path], graph: EncoderGra
     assert all(values.dtype == np.float32 for values in actual.values())
 
 
+class PaddedPool(torch.nn.Module):
+    """Negative values, padded with zeros, then pooled: an optimiser that merges the two pads with minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 8, 3)
+        self.pool = torch.nn.Sequential(torch.nn.ConstantPad2d(1, 0.0), torch.nn.MaxPool2d(3, 2))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        values = self.convolution(images.permute(0, 3, 1, 2).float() / 255) - 5
+        return (self.pool(values).amax((2, 3)),)
+
+
+@pytest.mark.parametrize("name", formats.available())
+def test_zeros_around_a_pool_of_negative_values_stay_zeros(name: str, tmp_path: Path) -> None:
+    format = formats.get(name)
+    path = tmp_path / f"model{format.suffix}"
+    format.export(PaddedPool().eval(), Signature(SIZE, ("embedding",)), path, {})
+    for level in (None, *format.optimizations):
+        (values,) = format.load(path, RunOptions(optimization=level))(images(3)).values()
+        np.testing.assert_array_equal(values, np.zeros((3, 8), np.float32))
+
+
 def test_read_only_and_strided_images_are_taken(written: tuple[Any, Path], graph: EncoderGraph) -> None:
     format, path = written
     pixels = images(4)[::2, :, ::-1]
