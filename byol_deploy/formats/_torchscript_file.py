@@ -101,6 +101,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except FileNotFoundError:
         raise BundleError(f"{printable(path)} does not exist; pass a file that byol-deploy export wrote") from None
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError, EOFError) as error:
+        # All that zipfile is known to raise on a damaged archive: a flipped byte may name a compression of the future.
         raise BundleError(
             f"{printable(path)} is not a TorchScript file, or is damaged: {error}; copy or export it again"
         ) from error

@@ -221,24 +221,21 @@ def _hold_pads_before_pools(model: Any) -> None:
     """
     import onnx_ir as ir
 
-    for node in list(model.graph):
-        follows = [user for user, _ in node.outputs[0].uses()]
-        if node.op_type != "Pad" or not any(user.op_type == "MaxPool" for user in follows):
+    for pad in list(model.graph.all_nodes()):
+        if pad.op_type != "Pad":
             continue
-        lowest = ir.Value(
-            name=f"{node.outputs[0].name}_lowest",
-            const_value=ir.tensor(np.finfo(np.float32).min, dtype=ir.DataType.FLOAT),
-            type=ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape([]),
-        )
-        model.graph.initializers[lowest.name] = lowest
-        held = ir.node("Clip", [node.outputs[0], lowest], metadata_props=dict(node.metadata_props))
-        held.outputs[0].type, held.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-        held.outputs[0].name = f"{node.outputs[0].name}_held"
-        for user, place in tuple(node.outputs[0].uses()):
-            if user is not held and user.op_type == "MaxPool":
-                user.replace_input_with(place, held.outputs[0])
-        model.graph.insert_after(node, held)
+        padded = pad.outputs[0]
+        pools = [(user, place) for user, place in padded.uses() if user.op_type == "MaxPool"]
+        if not pools or padded.dtype is None or not padded.dtype.is_floating_point():
+            continue
+        lowest = ir.val(f"{padded.name}_lowest", const_value=ir.tensor(-np.inf, dtype=padded.dtype))
+        model.graph.register_initializer(lowest)
+        held = ir.node("Clip", [padded, lowest], metadata_props=dict(pad.metadata_props))
+        held.outputs[0].name = f"{padded.name}_held"
+        held.outputs[0].type, held.outputs[0].shape = padded.type, padded.shape
+        pad.graph.insert_after(pad, held)
+        for pool, place in pools:
+            pool.replace_input_with(place, held.outputs[0])
 
 
 def _name_after_modules(model: Any, parameters: set[str]) -> None:
