@@ -3,107 +3,26 @@
 from __future__ import annotations
 
 import copy
-import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
+import torchvision
+from plain_files import SIZE, Named, Pixels, Two, floats, write
+from torch import Tensor, nn
 
-torch = pytest.importorskip("torch")
-
-import timm  # noqa: E402
-import torchvision  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from byol_deploy.errors import BundleError, DataError, UsageError  # noqa: E402
-from byol_deploy.parity import (  # noqa: E402
+from byol_deploy.errors import BundleError, DataError, UsageError
+from byol_deploy.parity import (
     Limit,
 )
-from byol_deploy.pipeline.foreign import verify_foreign  # noqa: E402
-from byol_deploy.pipeline.verifying import VerifyReport  # noqa: E402
+from byol_deploy.pipeline.foreign import verify_foreign
+from byol_deploy.pipeline.verifying import VerifyReport
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SIZE = 32
-
-
-class Two(nn.Module):
-    """A small network with batch norm, and two outputs of the same width."""
-
-    def __init__(self, seed: int = 0, *, eps: float = 1e-5, dropout: float = 0.0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
-        self.norm = nn.BatchNorm2d(8, eps=eps)
-        self.deep = nn.Conv2d(8, 16, 3, 2, 1)
-        self.one, self.two = nn.Linear(16, 6), nn.Linear(16, 6)
-        self.dropout = dropout
-        with torch.no_grad():
-            self.norm.running_mean.uniform_(-0.3, 0.3)
-            self.norm.running_var.uniform_(0.2, 0.6)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.relu(self.deep(torch.relu(self.norm(self.conv(x)))))
-        x = nn.functional.dropout(x.mean(dim=(2, 3)), self.dropout, training=self.dropout > 0)
-        return self.one(x), self.two(x)
-
-
-class Pixels(nn.Module):
-    """(N, H, W, 3) uint8 in: the normalisation is inside."""
-
-    def __init__(self, net: nn.Module, mean: float = 0.45, std: float = 0.22) -> None:
-        super().__init__()
-        self.net, self.mean, self.std = net, mean, std
-
-    def forward(self, pixels: Tensor) -> Any:
-        return self.net((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
-
-
-class Named(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Two()
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        one, two = self.net(x)
-        return {"one": one, "two": two}
-
-
-def write(
-    module: nn.Module, path: Path, example: Tensor, *, batch: bool = True, sides: bool = False,
-    dims: tuple[int, ...] = (2, 3), outputs: tuple[str, ...] = ("one", "two"), eval_mode: bool = True,
-    trace: bool = False,
-) -> Path:  # fmt: skip
-    """A file of plain ``torch.onnx.export``."""
-    module = copy.deepcopy(module)
-    module.train(not eval_mode)
-    open_dims: dict[int, Any] = {0: torch.export.Dim("batch")} if batch else {}
-    if sides:
-        open_dims |= {dim: torch.export.Dim(f"side{dim}", min=8, max=2048) for dim in dims}
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's about its own insides
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        if trace:
-            torch.onnx.export(
-                module, (example,), str(path), dynamo=False, input_names=["images"], output_names=list(outputs),
-                dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)}, verbose=False,
-                training=torch.onnx.TrainingMode.EVAL if eval_mode else torch.onnx.TrainingMode.TRAINING,
-            )  # fmt: skip
-        else:
-            torch.onnx.export(
-                module, (example,), str(path), dynamo=True, input_names=["images"], output_names=list(outputs),
-                dynamic_shapes=(open_dims,) if open_dims else None, verbose=False, external_data=False,
-            )  # fmt: skip
-    return path
-
-
-def floats(batch: int = 3, size: int = SIZE) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def failures(report: VerifyReport) -> str:
@@ -125,24 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def two(folder: Path) -> Path:
     return write(Two(), folder / "two.onnx", floats())
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
-    """Writes a user's module into the current directory; forgets it afterwards, as a new process would."""
-    monkeypatch.chdir(tmp_path)
-    written = []
-
-    def module(name: str, text: str) -> str:
-        (tmp_path / f"{name}.py").write_text(text)
-        written.append(name)
-        return name
-
-    before = list(sys.path)
-    yield module
-    assert sys.path == before
-    for name in written:
-        sys.modules.pop(name, None)
 
 
 # --- right ones ---
@@ -544,85 +445,3 @@ def test_files_that_are_refused(two: Path, tmp_path: Path, colours: Path) -> Non
         verify_foreign(two, against=Two(), data=colours, std=(0.0, 1.0, 1.0))
     with pytest.raises(DataError, match="does not exist"):
         verify_foreign(two, against=Two(), data=tmp_path / "nothing")
-
-
-USERS = """
-import sys
-import torch
-from torch import nn
-
-print("loading")
-
-
-class Net(nn.Module):
-    def __init__(self, width=6):
-        super().__init__()
-        self.width = width
-
-    def forward(self, x):
-        print("forward")
-        return x.mean(dim=(2, 3)), x.amax(dim=(2, 3))
-
-
-class Needy(Net):
-    def __init__(self, width):
-        super().__init__(width)
-
-
-def build(width=6):
-    return Net(width)
-
-
-def broken():
-    raise FileNotFoundError("weights.pt is not there")
-
-
-def number():
-    return 5
-
-
-def picky(images):
-    raise ValueError("I take no images")
-
-
-def wordy(images):
-    return "a tensor"
-
-
-net = Net()
-three = 3
-"""
-
-
-def test_what_is_found_by_name(
-    workplace: Callable[[str, str], str], tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = workplace("users_own", USERS)
-    workplace("leaves", "import sys\nsys.exit(2)\n")
-
-    class Net(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x.mean(dim=(2, 3)), x.amax(dim=(2, 3))
-
-    path = write(Net(), tmp_path / "net.onnx", floats())
-    for what in ("Net", "build", "net", "net.forward"):
-        report = verify_foreign(path, against=f"{name}:{what}", data=colours)
-        assert report.passed, report.text()
-        assert report.checks[0].detail.startswith(f"{name}:{what}")
-    said = capsys.readouterr()
-    assert said.out == ""  # stdout is for the verdict
-    assert "forward" in said.err
-    for against, reason in (
-        ("users_own", "against is 'users_own'; give an importable module"),
-        ("not_there:build", "No module named 'not_there'"),
-        ("users_own:nothing", "no attribute 'nothing'"),
-        ("leaves:build", "SystemExit: 2"),
-        ("users_own:Needy", "needs arguments"),
-        ("users_own:broken", "FileNotFoundError: weights.pt is not there"),
-        ("users_own:number", "gave something of type int"),
-        ("users_own:three", "is of type int"),
-        ("users_own:picky", "raised ValueError .*I take no images"),
-        ("users_own:wordy", "gives something of type str"),
-    ):
-        with pytest.raises(UsageError, match=reason):
-            verify_foreign(path, against=against, data=colours)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,85 +12,32 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from damaged import (
+    BACKBONES,
+    FORMATS,
+    Damage,
+    edit,
+    epsilon,
+    explain,
+    initializer,
+    mean,
+    mobile_epsilon,
+    one_weight,
+    position,
+    scale,
+    squeeze,
+    vit_weight,
+    write,
+)
 
 from byol_deploy import formats
 from byol_deploy.errors import BundleError, OutputError, UsageError
-from byol_deploy.formats import Signature
 from byol_deploy.graph import EncoderGraph
-from byol_deploy.pipeline.explain.drift import Explanation, budget_of, explain_file, relative_l2
+from byol_deploy.pipeline.explain.drift import Explanation, budget_of, relative_l2
 from byol_deploy.pipeline.explain.recording import record
-from byol_deploy.pipeline.explain.reproduction import write_reproduction
 from byol_deploy.pipeline.explain.view import write_drift_plot
 from byol_deploy.preprocess import Preprocessing
-from byol_deploy.training.backbones import build_backbone
 from byol_deploy.training.byol import BYOL
-
-BACKBONES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "resnet": ("timm/test_resnet", 32, {}),
-    "vit": ("timm/vit_tiny_patch16_224", 28, {"img_size": 28, "patch_size": 7, "depth": 2}),
-    "mobile": ("timm/test_efficientnet", 32, {}),
-}
-FORMATS = ("onnx", "torchscript")
-Damage = Callable[[EncoderGraph], None]
-
-
-@pytest.fixture(scope="module")
-def encoders(fashion: Path) -> dict[str, tuple[EncoderGraph, np.ndarray]]:
-    """Per family a graph whose batch norms have seen real images, and three of these."""
-    made = {}
-    for family, (name, size, arguments) in BACKBONES.items():
-        preprocessing = Preprocessing(size, mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35))
-        pixels = preprocessing.batch(sorted(fashion.rglob("*.png"))[::12])
-        torch.manual_seed(0)
-        model = BYOL(build_backbone(name, **arguments), projection_hidden=32, projection_size=16)
-        seen = torch.from_numpy(preprocessing.normalize(pixels))
-        with torch.no_grad():
-            for _ in range(10):
-                model.train()(seen)
-            for parameter in model.parameters():
-                if parameter.ndim == 1:  # some begin with zeros, behind which no fault shows
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        made[family] = (EncoderGraph(model, preprocessing), pixels[::10][:3])
-    return made
-
-
-@pytest.fixture(scope="module")
-def files(encoders: dict[str, tuple[EncoderGraph, np.ndarray]], tmp_path_factory: Any) -> dict[tuple[str, str], Path]:
-    """Per family and format the file that is right. Read only."""
-    folder = tmp_path_factory.mktemp("right")
-    written = {}
-    for family, (graph, _) in encoders.items():
-        for name in FORMATS:
-            written[family, name] = write(graph, name, folder / f"{family}{formats.get(name).suffix}")
-    return written
-
-
-def write(graph: EncoderGraph, format: str, path: Path) -> Path:
-    formats.get(format).export(graph, Signature(graph.size_px, graph.outputs), path, {})
-    return path
-
-
-def explain(path: Path, encoder: tuple[EncoderGraph, np.ndarray], **options: Any) -> Explanation:
-    format = formats.of_file(path)
-    assert format is not None
-    return explain_file(path, format, *encoder, **options)
-
-
-def edit(path: Path, change: Callable[[Any], None]) -> Path:
-    model = onnx.load(path)
-    change(model)
-    edited = path.with_name("edited.onnx")
-    onnx.save(model, edited)
-    return edited
-
-
-def initializer(model: Any, name: str) -> Any:
-    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
-
-
-def scale(tensor: Any, factor: float) -> None:
-    tensor.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(tensor) * factor).astype(np.float32), tensor.name))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -114,38 +58,6 @@ def test_a_right_file_is_within_its_budgets_everywhere(family: str, format: str,
     assert all(0 <= layer.drift < layer.budget and layer.own is not None for layer in explanation.layers)
     assert explanation.layers[0].path == "preprocessing"
     assert explanation.layers[-1].path == "prediction_head.3"
-
-
-def one_weight(graph: EncoderGraph) -> None:
-    with torch.no_grad():
-        graph.backbone.layer2[0].conv1.weight.view(-1)[7] += 0.05
-
-
-def epsilon(graph: EncoderGraph) -> None:
-    graph.backbone.layer3[0].bn2.eps = 1e-3
-
-
-def mean(graph: EncoderGraph) -> None:
-    graph.preprocessing.mean += 0.01
-
-
-def vit_weight(graph: EncoderGraph) -> None:
-    with torch.no_grad():
-        graph.backbone.blocks[1].mlp.fc1.weight[3, 5] += 0.05
-
-
-def position(graph: EncoderGraph) -> None:
-    with torch.no_grad():
-        graph.backbone.pos_embed[0, 3, :50] += 0.1  # of all channels alike, the first layer norm would take it out
-
-
-def mobile_epsilon(graph: EncoderGraph) -> None:
-    graph.backbone.blocks[3][0].bn2.eps = 1e-2
-
-
-def squeeze(graph: EncoderGraph) -> None:
-    with torch.no_grad():
-        graph.backbone.blocks[4][0].se.conv_reduce.bias += 0.1
 
 
 DAMAGES: list[tuple[str, Damage, str, str]] = [
@@ -480,14 +392,6 @@ def test_recording_leaves_the_model_as_it_was() -> None:
     assert [call.path for call in seen.calls] == ["first", "act", "second", "act", ""]
 
 
-@pytest.fixture(scope="module")
-def damaged(encoders: Any, tmp_path_factory: Any) -> tuple[Path, Explanation]:
-    graph = copy.deepcopy(encoders["resnet"][0])
-    one_weight(graph)
-    path = write(graph, "onnx", tmp_path_factory.mktemp("damaged") / "model.onnx")
-    return path, explain(path, encoders["resnet"])
-
-
 class TestReading:
     """What a person and a program make of an explanation."""
 
@@ -525,96 +429,6 @@ class TestReading:
         assert "prefers-color-scheme" in content
         with pytest.raises(OutputError):
             write_drift_plot(tmp_path / "drift.svg", explanation)
-
-
-class TestReproduction:
-    """The folder for a bug report, run as whoever receives it would."""
-
-    def run(self, folder: Path) -> subprocess.CompletedProcess[str]:
-        # Without this package and without timm: the folder must be enough.
-        blocked = "import sys; sys.modules['byol_deploy'] = sys.modules['timm'] = None; import runpy; "
-        code = blocked + "runpy.run_path(sys.argv[1], run_name='__main__')"
-        return subprocess.run(
-            [sys.executable, "-c", code, str(folder / "reproduce.py")], capture_output=True, text=True, check=False
-        )
-
-    def files(self, folder: Path) -> set[str]:
-        return {path.name for path in folder.iterdir()} - {"input.npz", "reproduce.py", "README.txt"}
-
-    @pytest.mark.parametrize(
-        ("family", "damage", "format", "written"),
-        [
-            ("resnet", one_weight, "onnx", {"layer.onnx", "layer.pt2"}),
-            ("resnet", one_weight, "torchscript", {"layer.torchscript.pt", "layer.pt2"}),
-            ("resnet", mean, "onnx", {"layer.onnx", "layer.pt2"}),
-            ("vit", position, "onnx", {"layer.onnx", "layer.torch.pt"}),
-        ],
-    )
-    def test_it_shows_the_fault(
-        self, family: str, damage: Damage, format: str, written: set[str], encoders: Any, tmp_path: Path
-    ) -> None:
-        graph = copy.deepcopy(encoders[family][0])
-        damage(graph)
-        file = write(graph, format, tmp_path / f"model{formats.get(format).suffix}")
-        explanation = explain(file, encoders[family])
-        got = write_reproduction(tmp_path / "out", file, formats.get(format), *encoders[family], explanation)
-        assert got.shows
-        assert got.kind == "layer"
-        assert explanation.culprit is not None
-        assert got.layer == explanation.culprit.title
-        assert self.files(tmp_path / "out") == written
-        ran = self.run(tmp_path / "out")
-        assert ran.returncode == 1, ran.stdout + ran.stderr
-        assert "DIFFERS" in ran.stdout
-        assert got.layer in (tmp_path / "out" / "README.txt").read_text(encoding="utf-8")
-        assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < file.stat().st_size + 200_000
-
-    def test_an_operation_with_two_inputs(self, encoders: Any, files: Any, tmp_path: Path) -> None:
-        def subtract(model: Any) -> None:
-            next(node for node in model.graph.node if node.name == "backbone/layer2/0/Add").op_type = "Sub"
-
-        (tmp_path / "model.onnx").write_bytes(files["resnet", "onnx"].read_bytes())
-        file = edit(tmp_path / "model.onnx", subtract)
-        explanation = explain(file, encoders["resnet"])
-        got = write_reproduction(tmp_path / "out", file, formats.get("onnx"), *encoders["resnet"], explanation)
-        assert (got.kind, got.shows) == ("layer", True)
-        assert [node.op_type for node in onnx.load(tmp_path / "out" / "layer.onnx").graph.node] == ["Sub", "Cast"]
-        assert (tmp_path / "out" / "layer.torch.pt").stat().st_size < 20_000  # the addition, not the network
-        assert self.run(tmp_path / "out").returncode == 1
-
-    @pytest.mark.parametrize(("format", "kind"), [("onnx", "prefix"), ("torchscript", "whole")])
-    def test_what_a_layer_inherits_needs_more_than_the_layer(
-        self, format: str, kind: str, encoders: Any, tmp_path: Path
-    ) -> None:
-        graph = copy.deepcopy(encoders["resnet"][0])
-        one_weight(graph)
-        file = write(graph, format, tmp_path / f"model{formats.get(format).suffix}")
-        explanation = explain(file, encoders["resnet"])
-        layer = next(layer for layer in explanation.layers if layer.path == "backbone.layer2.0.act1")
-        got = write_reproduction(
-            tmp_path / "out", file, formats.get(format), *encoders["resnet"], explanation, layer=layer
-        )
-        assert (got.kind, got.shows) == (kind, True)
-        assert self.run(tmp_path / "out").returncode == 1
-
-    @pytest.mark.parametrize("format", FORMATS)
-    def test_a_right_layer_passes(self, format: str, encoders: Any, files: Any, tmp_path: Path) -> None:
-        file = files["resnet", format]
-        explanation = explain(file, encoders["resnet"])
-        with pytest.raises(UsageError, match="no layer past its budget"):
-            write_reproduction(tmp_path / "out", file, formats.get(format), *encoders["resnet"], explanation)
-        layer = next(layer for layer in explanation.layers if layer.path == "backbone.layer2.0.bn1")
-        got = write_reproduction(
-            tmp_path / "out", file, formats.get(format), *encoders["resnet"], explanation, layer=layer
-        )
-        assert not got.shows
-        ran = self.run(tmp_path / "out")
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert "the same" in ran.stdout
-        with pytest.raises(OutputError):
-            write_reproduction(
-                tmp_path / "out", file, formats.get(format), *encoders["resnet"], explanation, layer=layer
-            )
 
 
 def test_budgets_and_distances() -> None:
