@@ -165,9 +165,10 @@ class Bundle:
             what = "is a file" if root.exists() else "does not exist"
             raise BundleError(f"{shown} {what}; pass the bundle folder that byol-deploy export wrote")
         if not (root / MANIFEST_FILE).is_file():
-            raise BundleError(
-                f"{shown} is not a bundle: it has no {MANIFEST_FILE}; pass the folder that byol-deploy export wrote"
-            )
+            # A run directory and a zoo entry hold their bundle under this name.
+            inside = (root / "bundle" / MANIFEST_FILE).is_file()
+            wanted = f"{shown}/bundle, which is one" if inside else "the folder that byol-deploy export wrote"
+            raise BundleError(f"{shown} is not a bundle: it has no {MANIFEST_FILE}; pass {wanted}")
         manifest = Manifest.from_json(_read(root, MANIFEST_FILE, MAX_MANIFEST_BYTES), f"{shown}/{MANIFEST_FILE}")
         if manifest.golden is None or not manifest.artefacts:
             absent = "golden cases" if manifest.golden is None else "artefacts"

@@ -261,6 +261,13 @@ def test_what_is_no_bundle(tmp_path: Path, whole: Path) -> None:
 # --- carried metadata --------------------------------------------------------------------------------------------
 
 
+def test_a_folder_around_a_bundle_names_it(tmp_path: Path, whole: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run" / "bundle")
+    with pytest.raises(BundleError, match="pass .*run/bundle, which is one"):
+        Bundle.open(tmp_path / "run")
+    assert Bundle.open(tmp_path / "run" / "bundle").manifest.artefacts
+
+
 def test_a_lone_file_carries_everything(whole: Path) -> None:
     opened = Bundle.open(whole)
     metadata = carry(opened.manifest, opened.golden)

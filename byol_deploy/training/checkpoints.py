@@ -177,9 +177,9 @@ def _find(path: Path) -> Path:
                 "or a .ckpt file"
             )
         if not path.exists():
-            raise CheckpointError(f"there is no checkpoint {path}; pass the .ckpt file that training wrote")
+            raise CheckpointError(f"there is no checkpoint {path}; pass the run directory or a .ckpt file of training")
         if not path.is_file():
-            raise CheckpointError(f"{path} is not a regular file; pass the .ckpt file that training wrote")
+            raise CheckpointError(f"{path} is not a regular file; pass the run directory or a .ckpt file of training")
         size = path.stat().st_size
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be looked at: {error}; pass a .ckpt file") from error
