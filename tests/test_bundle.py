@@ -263,7 +263,7 @@ def test_what_is_no_bundle(tmp_path: Path, whole: Path) -> None:
 
 def test_a_folder_around_a_bundle_names_it(tmp_path: Path, whole: Path) -> None:
     shutil.copytree(whole, tmp_path / "run" / "bundle")
-    with pytest.raises(BundleError, match="pass .*run/bundle, which is one"):
+    with pytest.raises(BundleError, match=r"pass .*run/bundle, which is one"):
         Bundle.open(tmp_path / "run")
     assert Bundle.open(tmp_path / "run" / "bundle").manifest.artefacts
 
