@@ -72,6 +72,7 @@ class Artefact:
         extra_files: What must lie beside it.
         parity: The verdict of the comparison with the trained model, ``ParityReport.to_dict()``.
         host: Machine and versions with which it was compared.
+        reduction: How a file of reduced precision was made, and what else was tried; empty for float32.
     """
 
     file: str
@@ -82,6 +83,22 @@ class Artefact:
     extra_files: tuple[ExtraFile, ...] = ()
     parity: Mapping[str, Any] = field(default_factory=dict)
     host: Mapping[str, Any] = field(default_factory=dict)
+    reduction: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What ``export --tune`` chose on the machine that it ran on.
+
+    Attributes:
+        file: The artefact.
+        threads: Threads inside an operator.
+        evidence: What was measured: machine, time budget, and one entry for each candidate.
+    """
+
+    file: str
+    threads: int
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,7 @@ class Manifest:
             the limits of the single golden cases.
         golden: Where the golden cases lie.
         artefacts: The written files; empty in the copy that a lone file carries.
+        tuned: What tuning chose, None where nothing was tuned.
         recipe: The training recipe, None when it is not known.
         written_by: Versions by package name.
         created: UTC time, ISO 8601.
@@ -148,6 +166,7 @@ class Manifest:
     limits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     golden: GoldenFile | None = None
     artefacts: tuple[Artefact, ...] = ()
+    tuned: Tuned | None = None
     recipe: Mapping[str, Any] | None = None
     written_by: Mapping[str, str] = field(default_factory=lambda: {"byol-deploy": __version__})
     created: str = ""
@@ -172,7 +191,7 @@ class Manifest:
 
     def carried(self, golden: GoldenFile) -> Manifest:
         """The copy that travels inside a lone file: no artefacts, since a file cannot hold its own hash."""
-        return replace(self, artefacts=(), golden=golden)
+        return replace(self, artefacts=(), tuned=None, golden=golden)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values in the order in which a person reads them."""
@@ -211,9 +230,12 @@ class Manifest:
                 "extra_files": [vars(extra).copy() for extra in artefact.extra_files],
                 "parity": dict(artefact.parity),
                 "host": dict(artefact.host),
+                "reduction": dict(artefact.reduction),
             }
             for artefact in self.artefacts
         ]
+        if self.tuned is not None:
+            document["tuned"] = vars(self.tuned) | {"evidence": dict(self.tuned.evidence)}
         document["recipe"] = None if self.recipe is None else dict(self.recipe)
         return document
 
@@ -269,6 +291,7 @@ class Manifest:
         if not names or len(set(names)) != len(names):
             read.faults.append(f"outputs are {names}; there must be at least one, each with its own name")
         golden = _golden(read.section("golden")) if data.get("golden") is not None else None
+        artefacts = tuple(_artefact(item) for item in read.items("artefacts")) if "artefacts" in data else ()
         manifest = cls(
             model=ModelInfo(
                 backbone=model.text("backbone"),
@@ -286,7 +309,8 @@ class Manifest:
             outputs=outputs,
             limits=_limits(read.section("limits")),
             golden=golden,
-            artefacts=tuple(_artefact(item) for item in read.items("artefacts")) if "artefacts" in data else (),
+            artefacts=artefacts,
+            tuned=_tuned(read, artefacts),
             recipe=read.mapping("recipe") if data.get("recipe") is not None else None,
             written_by={key: str(value)[:_MAX_TEXT] for key, value in read.mapping("written_by").items()},
             created=read.text("created"),
@@ -434,7 +458,18 @@ def _artefact(item: _Reader) -> Artefact:
         extra_files=tuple(extra),
         parity=item.mapping("parity"),
         host=item.mapping("host"),
+        reduction=item.mapping("reduction") if "reduction" in item.data else {},
     )
+
+
+def _tuned(read: _Reader, artefacts: Sequence[Artefact]) -> Tuned | None:
+    if read.data.get("tuned") is None:
+        return None
+    section = read.section("tuned")
+    found = Tuned(section.path("file"), section.count("threads", 1), section.mapping("evidence"))
+    if found.file not in [artefact.file for artefact in artefacts]:
+        section.fault("file", "one of the artefacts")
+    return found
 
 
 def _is_finite(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Embedding images with an exported encoder, without PyTorch.
+"""Embedding images with an exported encoder, without PyTorch: with ONNX Runtime, or with the engine it was tuned for.
 
 ::
 
@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from byol_deploy import formats
 from byol_deploy.bundle import Bundle, Golden, read_carried
 from byol_deploy.cores import usable_cores
-from byol_deploy.errors import BundleError, DataError, UsageError
+from byol_deploy.errors import BundleError, DataError, MissingExtraError, UsageError
+from byol_deploy.formats import Format, Opened, Port, RunOptions
 from byol_deploy.images import BadImages, ImageSource, printable
-from byol_deploy.manifest import Manifest
+from byol_deploy.manifest import Artefact, Manifest
 from byol_deploy.preprocess import Preprocessing
 from byol_deploy.providers import create_session, probe_provider, working_providers
 
@@ -61,7 +63,7 @@ class Encoder:
         threads: Threads inside an operator.
         outputs: Names of the outputs that are computed.
         width: Width D of the first of them.
-        session: The ONNX Runtime session, for those who need it.
+        session: The runtime's own object (an ONNX Runtime session, for an ONNX file), for those who need it.
     """
 
     path: Path
@@ -82,38 +84,49 @@ class Encoder:
         threads: int | None = None,
         outputs: str | Sequence[str] | None = None,
         precision: str | None = None,
+        prefer: Literal["speed", "accuracy"] = "speed",
         allow_spinning: bool = True,
     ) -> None:
-        """Open a bundle, or a lone ONNX file that byol-deploy wrote.
+        """Open a bundle, or a lone file that byol-deploy wrote.
 
         Args:
-            path: The bundle folder, or the .onnx file.
-            provider: "cpu", "cuda", ONNX Runtime's own name of a provider, or "auto" for the best that works here.
-            threads: Threads inside an operator; None takes what affinity and cgroup leave to this process.
+            path: The bundle folder, or the .onnx file (or one of another format that runs without PyTorch).
+            provider: "cpu", "cuda", the runtime's own name of a provider, or "auto" for the best that works here.
+            threads: Threads inside an operator; None takes what tuning chose, and no more than what affinity and
+                cgroup leave to this process.
             outputs: Names of the outputs to give, "all", or None for the first one, the embedding.
-            precision: Which ONNX file of a bundle, e.g. "fp32"; None takes fp32 where there is one. Of no effect on a
+            precision: Which file of a bundle, e.g. "fp32" or "int8"; None leaves it to ``prefer``. Of no effect on a
                 lone file.
+            prefer: "speed" takes the file that ``export --tune`` chose, and without tuning the float32 one; "accuracy"
+                always takes float32. Of no effect on a lone file.
             allow_spinning: Whether idle threads wait busily: least latency, at the cost of a core's time. Switch it
                 off where several processes share the cores.
 
         Raises:
             BundleError: Absent, damaged, foreign, or from a newer schema.
+            MissingExtraError: The engine of the chosen file is not installed. There is no silent fallback.
             ProviderError: The provider does not work here. There is no silent fallback.
-            UsageError: An unknown provider, fewer than one thread.
+            UsageError: An unknown provider or preference, fewer than one thread.
         """
         self.path = Path(path)
         shown = printable(self.path)
         if self.path.is_dir():
             bundle = Bundle.open(self.path)
             self.manifest, self.golden = bundle.manifest, bundle.golden
-            file = bundle.artefact("onnx", precision)
-            self.session = create_session(file, provider, threads, allow_spinning=allow_spinning)
+            entry = _chosen(bundle, precision, prefer, shown)
+            file, format = self.path / entry.file, formats.get(entry.format)
+            tuned = self.manifest.tuned
+            if threads is None and tuned is not None and tuned.file == entry.file:
+                threads = min(tuned.threads, usable_cores())
         else:
-            _check_lone_file(self.path, shown)
-            self.session = create_session(self.path, provider, threads, allow_spinning=allow_spinning)
-            self.manifest, self.golden = read_carried(self.session.get_modelmeta().custom_metadata_map, shown)
+            file, format = self.path, _format_of(self.path, shown)
+        _require(format, shown)
+        self._opened = format.load(file, RunOptions(provider, threads, allow_spinning=allow_spinning))
+        if file is self.path:
+            self.manifest, self.golden = read_carried(format.carried(file), shown)
+        self.session = self._opened.session
         self.preprocessing = self.manifest.preprocessing
-        self.provider = str(self.session.get_providers()[0])
+        self.provider = self._opened.provider
         self.threads = threads or usable_cores()
         names = [output.name for output in self.manifest.outputs]
         wanted = names if outputs == "all" else names[:1] if outputs is None else outputs
@@ -122,7 +135,7 @@ class Encoder:
             raise UsageError(f"outputs is empty; choose from {', '.join(names)}")
         widths = [self.manifest.output(name).width for name in self.outputs]
         self.width = widths[0]
-        _check_graph(self.session, self.manifest, shown)
+        _check_graph(self._opened, self.manifest, shown)
 
     def __repr__(self) -> str:
         """E.g. ``Encoder('bundle', timm/resnet10t, 32 px, embedding 512, cpu)``."""
@@ -207,8 +220,7 @@ class Encoder:
             )
         if len(images) == 0:
             return {name: np.empty((0, self.manifest.output(name).width), np.float32) for name in self.outputs}
-        feed = {self.manifest.input.name: np.ascontiguousarray(images)}
-        return dict(zip(self.outputs, self.session.run(list(self.outputs), feed), strict=True))
+        return self._opened.compute(np.ascontiguousarray(images), self.outputs)
 
     def _decoded(
         self, images: Iterable[ImageSource], batch_size: int
@@ -249,8 +261,34 @@ def _many(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
     return images
 
 
-def _check_lone_file(path: Path, shown: str) -> None:
-    """Name what is plainly not an ONNX file before ONNX Runtime parses it."""
+def _chosen(bundle: Bundle, precision: str | None, prefer: str, shown: str) -> Artefact:
+    """The file of a bundle that an encoder opens."""
+    if prefer not in ("speed", "accuracy"):
+        raise UsageError(f"prefer is {prefer!r}; use speed or accuracy")
+    entries = [entry for entry in bundle.manifest.artefacts if _opens(entry.format)]
+    tuned = bundle.manifest.tuned
+    if precision is None and prefer == "speed" and tuned is not None:
+        return next(entry for entry in entries if entry.file == tuned.file)
+    matching = [entry for entry in entries if precision in (None, entry.precision)]
+    if not matching:
+        wanted = "file that runs without PyTorch" if precision is None else f"{precision} file that Encoder opens"
+        there = ", ".join(f"{entry.file} ({entry.format} {entry.precision})" for entry in bundle.manifest.artefacts)
+        raise BundleError(f"{shown} has no {wanted}; it has {there}")
+    return next((entry for entry in matching if entry.precision == "fp32"), matching[0])
+
+
+def _opens(format: str) -> bool:
+    return format in formats.available() and formats.get(format).opens_in_encoder
+
+
+def _require(format: Format, shown: str) -> None:
+    missing = formats.missing_to_run(format)
+    if missing:
+        raise MissingExtraError(f"{shown} ({format.name})", missing, format.extra)
+
+
+def _format_of(path: Path, shown: str) -> Format:
+    """The format of a lone file. What is plainly no model file is named before a runtime parses it."""
     try:
         with open(path, "rb") as file:
             start = file.read(8)
@@ -260,36 +298,43 @@ def _check_lone_file(path: Path, shown: str) -> None:
         raise BundleError(f"{shown} cannot be read: {error}") from error
     if not start:
         raise BundleError(f"{shown} is empty; copy or export it again")
+    named = formats.of_file(path)
+    if named is not None and named.opens_in_encoder:
+        return named
     if start.startswith(_ZIP_MAGIC):
         raise BundleError(
             f"{shown} is a TorchScript file or a checkpoint, not ONNX; pass the bundle or its model.onnx "
             "(byol-deploy export CHECKPOINT --format onnx)"
         )
+    return formats.get("onnx")  # by its content, whatever it is called: the runtime says when it is none
 
 
-def _check_graph(session: Any, manifest: Manifest, shown: str) -> None:
-    """Compare the graph with its manifest: names, type of the input, widths."""
+def _check_graph(opened: Opened, manifest: Manifest, shown: str) -> None:
+    """Compare the graph with its manifest: names, type of the input, widths; as far as its format declares them."""
     faults = []
-    inputs: Mapping[str, Any] = {item.name: item for item in session.get_inputs()}
+    inputs = {port.name: port for port in opened.inputs}
     found = inputs.get(manifest.input.name)
     side = manifest.preprocessing.size_px
-    if found is None or len(inputs) != 1:
-        faults.append(f"its inputs are {', '.join(inputs) or 'none'}, not {manifest.input.name} alone")
-    elif found.type != "tensor(uint8)" or not _fits(found.shape, (side, side, 3)):
-        faults.append(f"its input is {found.type} {found.shape}, not uint8 (N, {side}, {side}, 3)")
-    given: Mapping[str, Any] = {item.name: item for item in session.get_outputs()}
-    for output in manifest.outputs:
+    if inputs and (found is None or len(inputs) != 1):
+        faults.append(f"its inputs are {', '.join(inputs)}, not {manifest.input.name} alone")
+    elif found is not None and (found.dtype != "uint8" or not _fits(found.shape, (side, side, 3))):
+        faults.append(f"its input is {_told(found)}, not uint8 (N, {side}, {side}, 3)")
+    given = {port.name: port for port in opened.outputs}
+    for output in manifest.outputs if given else ():
         if output.name not in given:
             faults.append(f"it has no output {output.name}")
-        elif given[output.name].type != "tensor(float)" or not _fits(given[output.name].shape, (output.width,)):
-            kind = f"{given[output.name].type} {given[output.name].shape}"
-            faults.append(f"its output {output.name} is {kind}, not float (N, {output.width})")
+        elif given[output.name].dtype != "float32" or not _fits(given[output.name].shape, (output.width,)):
+            faults.append(f"its output {output.name} is {_told(given[output.name])}, not float32 (N, {output.width})")
     if faults:
         raise BundleError(f"{shown} contradicts its manifest: {'; '.join(faults)}; export it again")
 
 
-def _fits(shape: Sequence[Any], sizes: Sequence[int]) -> bool:
-    """Whether a declared shape is (N, *sizes); sizes that the graph leaves open (text or None) fit."""
+def _told(port: Port) -> str:
+    return f"{port.dtype} ({', '.join('N' if size is None else str(size) for size in port.shape)})"
+
+
+def _fits(shape: Sequence[int | None], sizes: Sequence[int]) -> bool:
+    """Whether a declared shape is (N, *sizes); sizes that the graph leaves open fit."""
     return len(shape) == len(sizes) + 1 and all(
-        found == size for found, size in zip(shape[1:], sizes, strict=True) if isinstance(found, int)
+        found in (None, size) for found, size in zip(shape[1:], sizes, strict=True)
     )

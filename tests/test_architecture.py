@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "byol_deploy"
 
-# First part of the name below byol_deploy -> layer. 3a and 3b stand beside each other.
+# First part of the name below byol_deploy -> layer. 3a and 3b stand beside each other; 3c opens formats.
 LAYERS = {
     "errors": "0",
     "cores": "0",
@@ -33,13 +33,14 @@ LAYERS = {
     "golden": "1",
     "sealing": "1",
     "providers": "2",
-    "runtime": "2",
-    "embedding": "2",
+    "quantization": "2",
+    "runtime": "3c",
+    "embedding": "3c",
     "parity": "2",
     "separation": "2",
     "host": "2",
     "selftest": "4",
-    "evaluation": "2",
+    "evaluation": "3c",
     "bench": "2",
     "environment": "2",
     "formats": "3a",
@@ -58,8 +59,9 @@ REACHES = {
     "2": {"0", "1", "2"},
     "3a": {"0", "1", "2", "3a"},
     "3b": {"0", "1", "3b"},
-    "4": {"0", "1", "2", "3a", "3b", "4"},
-    "5": {"0", "1", "2", "3a", "3b", "4", "5"},
+    "3c": {"0", "1", "2", "3a", "3c"},
+    "4": {"0", "1", "2", "3a", "3b", "3c", "4"},
+    "5": {"0", "1", "2", "3a", "3b", "3c", "4", "5"},
 }
 EDGE = {"numpy", "PIL", "yaml"}
 HEAVY = {"torch", "torchvision", "timm", "lightning", "onnx", "onnxscript", "onnx_ir", "sklearn", "pyarrow", "jinja2"}
@@ -70,6 +72,7 @@ AT_TOP = {
     "1": EDGE,
     "2": EDGE | {"onnxruntime"},
     "3a": EDGE | {"onnxruntime"},
+    "3c": EDGE | {"onnxruntime"},
     "3b": EDGE | {"torch", "torchvision", "timm", "lightning"},
     "4": EDGE,
     "5": {"typer"},

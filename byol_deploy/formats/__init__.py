@@ -21,9 +21,48 @@ import numpy as np
 
 from byol_deploy.errors import UsageError, require_packages
 from byol_deploy.formats._layers import Call, LayeredFile
+from byol_deploy.quantization import Calibration, Reducer
 
 Run: TypeAlias = Callable[[np.ndarray], dict[str, np.ndarray]]
 """(N, H, W, 3) uint8 to output name → (N, D) float32, for any N."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output as a file declares it.
+
+    Attributes:
+        name: Its name.
+        dtype: NumPy's name of the type, e.g. "uint8", "float32".
+        shape: Its sizes; None for those that the file leaves open.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A written file in a fresh session. Called with (N, H, W, 3) uint8 it gives output name → (N, D) float32.
+
+    Attributes:
+        compute: Images, and names of outputs or None for all, to arrays by name.
+        outputs: What it gives, in order; empty where the format does not declare it.
+        inputs: What it takes; empty where the format does not declare it.
+        provider: Where it runs, in the runtime's own words, e.g. "CPUExecutionProvider".
+        session: The runtime's own object, for those who need it.
+    """
+
+    compute: Callable[[np.ndarray, Sequence[str] | None], dict[str, np.ndarray]]
+    outputs: tuple[Port, ...] = ()
+    inputs: tuple[Port, ...] = ()
+    provider: str = "cpu"
+    session: Any = None
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """All outputs, (N, D) float32 by name, for images (N, H, W, 3) uint8."""
+        return self.compute(images, None)
 
 
 @dataclass(frozen=True)
@@ -49,11 +88,13 @@ class RunOptions:
         provider: ``cpu``, ``cuda``, ``auto``, or a name that the format's runtime knows.
         threads: Number of threads; None is the runtime's default.
         optimization: Graph optimisation, one of the format's ``optimizations``; None is the runtime's default.
+        allow_spinning: Whether idle threads wait busily, where the runtime knows that choice.
     """
 
     provider: str = "cpu"
     threads: int | None = None
     optimization: str | None = None
+    allow_spinning: bool = True
 
 
 class Format(Protocol):
@@ -71,6 +112,12 @@ class Format(Protocol):
     """Packages that running a written file needs."""
     opens_in_encoder: bool
     """Whether :class:`byol_deploy.Encoder` opens it."""
+    precisions: tuple[str, ...]
+    """What it can write: "fp32" first, then those that :meth:`reducer` makes."""
+    keeps_tensors: bool
+    """Whether a float32 file holds the trained tensors bit for bit under their own names."""
+    shows_layers: bool
+    """Whether :meth:`layers` can look inside a file."""
     optimizations: tuple[str, ...]
     """Levels of graph optimisation that its runtime offers beside the default; what it computes must not depend on
     them."""
@@ -91,7 +138,24 @@ class Format(Protocol):
             ExportError: The format cannot express this graph; one sentence.
         """
 
-    def load(self, path: Path, options: RunOptions) -> Run:
+    def reducer(
+        self, graph: Any, signature: Signature, full: Path, precision: str, calibration: Calibration
+    ) -> Reducer:
+        """Prepare files of reduced precision.
+
+        Args:
+            graph: As in :meth:`export`.
+            signature: Shapes and names.
+            full: A float32 file of this format, written from the same graph. Read, never changed.
+            precision: One of :attr:`precisions`, not "fp32".
+            calibration: Images, and the processor that the file is for.
+
+        Raises:
+            ExportError: The format cannot express this graph at this precision; one sentence.
+            MissingExtraError: The quantiser is not installed.
+        """
+
+    def load(self, path: Path, options: RunOptions) -> Opened:
         """Open a written file in a fresh session.
 
         Raises:
@@ -103,7 +167,7 @@ class Format(Protocol):
         """Where its runtime really works on this machine, as in ``RunOptions.provider``; the default comes first."""
 
     def tensors(self, path: Path) -> dict[str, np.ndarray]:
-        """Every tensor stored in a written file, by its name in the file."""
+        """Every tensor stored in a written file, by its name in the file; empty where the format cannot tell."""
 
     def carried(self, path: Path) -> dict[str, str]:
         """The texts that a written file carries; empty for a foreign one. Needs ``runs_with`` at most.

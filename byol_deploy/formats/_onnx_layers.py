@@ -230,7 +230,7 @@ class OnnxLayers:
         return {output.name: kinds.get(output.type, onnx.TensorProto.FLOAT) for output in session.get_outputs()}
 
     def _session(self, model: Any) -> Any:
-        from byol_deploy.runtime import create_session
+        from byol_deploy.providers import create_session
 
         with _readable(model, self._path) as source:
             return create_session(source, self._options.provider, self._options.threads, "none")

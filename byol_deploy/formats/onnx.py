@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from byol_deploy.errors import BundleError, ExportError, UsageError
-from byol_deploy.formats import Run, RunOptions, Signature, _onnx_file
+from byol_deploy.formats import Opened, Port, RunOptions, Signature, _onnx_file
 from byol_deploy.formats._layers import Call, LayeredFile
+from byol_deploy.quantization import Calibration, Reducer
 
 DEFAULT_OPSET = 18
 """Read by every ONNX Runtime since 1.14 (2023)."""
@@ -45,6 +46,9 @@ class _Onnx:
     requires = ("torch", "onnx", "onnxscript", "onnxruntime")
     runs_with = ("onnxruntime",)
     opens_in_encoder = True
+    precisions = ("fp32", "fp16", "int8")
+    keeps_tensors = True
+    shows_layers = True
     optimizations = ("none",)
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
@@ -61,20 +65,33 @@ class _Onnx:
         _check(path)
         return further
 
-    def load(self, path: Path, options: RunOptions) -> Run:
-        """See :meth:`byol_deploy.formats.Format.load`."""
-        from byol_deploy.runtime import create_session
+    def reducer(
+        self, graph: Any, signature: Signature, full: Path, precision: str, calibration: Calibration
+    ) -> Reducer:
+        """See :meth:`byol_deploy.formats.Format.reducer`. Made from the float32 file alone."""
+        from byol_deploy.formats._onnx_reduced import reducer
 
-        session = create_session(path, options.provider, options.threads, options.optimization)
-        outputs = [output.name for output in session.get_outputs()]
-        inputs = [entry.name for entry in session.get_inputs()]
+        return reducer(full, precision, calibration)
+
+    def load(self, path: Path, options: RunOptions) -> Opened:
+        """See :meth:`byol_deploy.formats.Format.load`."""
+        from byol_deploy.providers import create_session
+
+        session = create_session(path, options.provider, options.threads, options.optimization,
+                                 allow_spinning=options.allow_spinning)  # fmt: skip
+        inputs = [_port(entry) for entry in session.get_inputs()]
         if len(inputs) != 1:
             raise BundleError(f"{path} takes {len(inputs)} inputs; an encoder takes one, the images")
+        name, run = inputs[0].name, session.run
 
-        def run(images: np.ndarray) -> dict[str, np.ndarray]:
-            return dict(zip(outputs, session.run(outputs, {inputs[0]: images}), strict=True))
+        outputs = tuple(map(_port, session.get_outputs()))
+        every = [port.name for port in outputs]
 
-        return run
+        def compute(images: np.ndarray, names: Sequence[str] | None) -> dict[str, np.ndarray]:
+            wanted = every if names is None else names
+            return dict(zip(wanted, run(wanted, {name: images}), strict=True))
+
+        return Opened(compute, outputs, tuple(inputs), str(session.get_providers()[0]), session)
 
     def providers(self) -> tuple[str, ...]:
         """See :meth:`byol_deploy.formats.Format.providers`. Without those that would compile an engine for minutes."""
@@ -123,6 +140,13 @@ class _Onnx:
     def seal(self, path: Path, texts: Mapping[str, str]) -> None:
         """See :meth:`byol_deploy.formats.Format.seal`. Texts are appended; what lies before them stays."""
         _onnx_file.append_texts(path, texts)
+
+
+def _port(declared: Any) -> Port:
+    """An input or output of a session; sizes with a name instead of a number are open."""
+    kind = str(declared.type).removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else None for size in declared.shape)
+    return Port(str(declared.name), {"float": "float32", "double": "float64"}.get(kind, kind), shape)
 
 
 def _trace(graph: Any, signature: Signature, opset: int) -> Any:

@@ -18,8 +18,9 @@ import numpy as np
 
 from byol_deploy.bundle import CARRIED_MANIFEST_KEY, read_carried
 from byol_deploy.errors import BundleError, ExportError, ProviderError
-from byol_deploy.formats import Run, RunOptions, Signature, _torchscript_file
+from byol_deploy.formats import Opened, RunOptions, Signature, _torchscript_file
 from byol_deploy.formats._layers import Call, LayeredFile
+from byol_deploy.quantization import Calibration, Reducer
 
 # Not a batch size that the parity check runs, and not 1, which broadcasts.
 _EXAMPLE_BATCH = 3
@@ -32,6 +33,9 @@ class _TorchScript:
     requires = ("torch",)
     runs_with = ("torch",)
     opens_in_encoder = False
+    precisions = ("fp32",)
+    keeps_tensors = True
+    shows_layers = True
     optimizations = ("none",)
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
@@ -56,7 +60,13 @@ class _TorchScript:
         _torchscript_file.write(packed, path)
         return ()
 
-    def load(self, path: Path, options: RunOptions) -> Run:
+    def reducer(
+        self, graph: Any, signature: Signature, full: Path, precision: str, calibration: Calibration
+    ) -> Reducer:
+        """See :meth:`byol_deploy.formats.Format.reducer`."""
+        raise ExportError(f"there is no {precision} in this format")
+
+    def load(self, path: Path, options: RunOptions) -> Opened:
         """See :meth:`byol_deploy.formats.Format.load`.
 
         ``options.threads`` holds while the file runs; PyTorch has one number for the whole process.
@@ -70,17 +80,16 @@ class _TorchScript:
         if CARRIED_MANIFEST_KEY in metadata:
             outputs = [output.name for output in read_carried(metadata, path.name)[0].outputs]
 
-        def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        def compute(images: np.ndarray, names: Sequence[str] | None) -> dict[str, np.ndarray]:
             optimized = torch.jit.optimized_execution(options.optimization != "none")  # type: ignore[attr-defined]
             with _threads(options.threads), torch.inference_mode(), _quiet(), optimized:
                 values = module(torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device))
-            named = outputs or [f"output_{place}" for place in range(len(values))]
-            if len(values) != len(named):
-                # Left to the comparison: names that nobody expects fail there.
-                named = [f"output_{place}" for place in range(len(values))]
-            return {name: value.cpu().numpy() for name, value in zip(named, values, strict=True)}
+            # Left to the comparison where they are not as many: names that nobody expects fail there.
+            numbered = [f"output_{place}" for place in range(len(values))]
+            named = dict(zip(outputs if len(outputs) == len(values) else numbered, values, strict=True))
+            return {name: named[name].cpu().numpy() for name in (named if names is None else names)}
 
-        return run
+        return Opened(compute, provider=str(device), session=module)
 
     def providers(self) -> tuple[str, ...]:
         """See :meth:`byol_deploy.formats.Format.providers`."""

@@ -337,7 +337,7 @@ class _Trial:
 
 
 def _open(path: Path, options: RunOptions, image_size: int | None) -> _File:
-    from byol_deploy.runtime import create_session
+    from byol_deploy.providers import create_session
 
     shown = printable(path)
     if not path.is_file():

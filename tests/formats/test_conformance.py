@@ -24,6 +24,11 @@ from byol_deploy.training.backbones import build_backbone
 from byol_deploy.training.byol import BYOL
 
 SIZE = 32
+INSTALLED = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=f"{missing} is not installed"))
+    for name in formats.available()
+    for missing in [next((item for item in formats.get(name).requires if not importlib.util.find_spec(item)), "")]
+]
 TEXTS = {"byol_deploy.test": "a text with ünïcode\nand lines", "other": "x" * 70_000}
 
 
@@ -36,7 +41,7 @@ def graph() -> EncoderGraph:
     return EncoderGraph(model, Preprocessing(SIZE))
 
 
-@pytest.fixture(scope="module", params=formats.available())
+@pytest.fixture(scope="module", params=INSTALLED)
 def written(request: pytest.FixtureRequest, graph: EncoderGraph, tmp_path_factory: Any) -> tuple[Any, Path]:
     format = formats.get(request.param)
     path = tmp_path_factory.mktemp(format.name) / f"model{format.suffix}"
@@ -61,6 +66,7 @@ def test_the_object_is_complete() -> None:
         assert format.name == name
         assert format.suffix.startswith(".")
         assert set(format.runs_with) <= set(format.requires)
+        assert format.precisions[0] == "fp32"
         suffixes.append(format.suffix)
         assert formats.of_file(f"some/model{format.suffix}") is format
     assert len(set(suffixes)) == len(suffixes)
@@ -92,7 +98,7 @@ class PaddedPool(torch.nn.Module):
         return (self.pool(values).amax((2, 3)),)
 
 
-@pytest.mark.parametrize("name", formats.available())
+@pytest.mark.parametrize("name", INSTALLED)
 def test_zeros_around_a_pool_of_negative_values_stay_zeros(name: str, tmp_path: Path) -> None:
     format = formats.get(name)
     path = tmp_path / f"model{format.suffix}"
@@ -113,6 +119,8 @@ def test_read_only_and_strided_images_are_taken(written: tuple[Any, Path], graph
 def test_the_trained_tensors_are_in_the_file_bit_for_bit(written: tuple[Any, Path], graph: EncoderGraph) -> None:
     format, path = written
     stored = format.tensors(path)
+    if not format.keeps_tensors:
+        pytest.skip("the runtime has a layout of its own for the weights")
     for name, tensor in graph.tensors().items():
         assert stored[name].dtype == tensor.dtype, name
         assert np.array_equal(stored[name], tensor), name
@@ -127,7 +135,7 @@ def test_the_file_carries_texts(written: tuple[Any, Path]) -> None:
 
 def test_no_folder_of_the_builder_is_in_the_file(written: tuple[Any, Path]) -> None:
     _, path = written
-    contents = [path.read_bytes()]
+    contents = [item.read_bytes() for item in path.parent.iterdir() if item.is_file()]
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             contents += [archive.read(entry) for entry in archive.namelist()]
@@ -136,29 +144,31 @@ def test_no_folder_of_the_builder_is_in_the_file(written: tuple[Any, Path]) -> N
         assert not [place for place in here if place.encode() in content]
 
 
-def test_the_graph_and_torchs_settings_stay_as_they_were(graph: EncoderGraph, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", INSTALLED)
+def test_the_graph_and_torchs_settings_stay_as_they_were(name: str, graph: EncoderGraph, tmp_path: Path) -> None:
     before = {name: tensor.copy() for name, tensor in graph.tensors().items()}
     settings = (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled())
-    for format in map(formats.get, formats.available()):
-        format.export(graph, Signature(SIZE, graph.outputs), tmp_path / f"model{format.suffix}", {})
+    format = formats.get(name)
+    format.export(graph, Signature(SIZE, graph.outputs), tmp_path / f"model{format.suffix}", {})
     assert (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled()) == settings
     assert not any(module.training for module in graph.modules())
     assert all(np.array_equal(before[name], tensor) for name, tensor in graph.tensors().items())
 
 
-def test_a_graph_that_cannot_be_expressed_is_an_export_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_graph_that_cannot_be_expressed_is_an_export_error(name: str, tmp_path: Path) -> None:
     class Impossible(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
             raise RuntimeError("this backbone cannot be traced\nsecond line")
 
-    for format in map(formats.get, formats.available()):
-        with pytest.raises(ExportError, match="cannot be traced") as caught:
-            format.export(Impossible().eval(), Signature(SIZE, ("embedding",)), tmp_path / "x", {})
-        assert "\n" not in str(caught.value)
+    format = formats.get(name)
+    with pytest.raises(ExportError, match="cannot be traced") as caught:
+        format.export(Impossible().eval(), Signature(SIZE, ("embedding",)), tmp_path / f"x{format.suffix}", {})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of that kind", b"PK\x03\x04 and then nothing"])
-@pytest.mark.parametrize("name", formats.available())
+@pytest.mark.parametrize("name", INSTALLED)
 def test_a_damaged_file_is_a_bundle_error(name: str, content: bytes, tmp_path: Path) -> None:
     format = formats.get(name)
     path = tmp_path / f"model{format.suffix}"
@@ -169,7 +179,7 @@ def test_a_damaged_file_is_a_bundle_error(name: str, content: bytes, tmp_path: P
         format.carried(path)
 
 
-@pytest.mark.parametrize("name", formats.available())
+@pytest.mark.parametrize("name", INSTALLED)
 def test_a_missing_package_names_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     format = formats.get(name)
     formats.require(format)

@@ -392,7 +392,7 @@ def _outputs(module: nn.Module, given: Sequence[np.ndarray]) -> list[np.ndarray]
 def _run_file(path: Path, given: Sequence[np.ndarray]) -> list[np.ndarray]:
     """As the script runs it."""
     if path.suffix == ".onnx":
-        from byol_deploy.runtime import create_session
+        from byol_deploy.providers import create_session
 
         session = create_session(path, "cpu", 1, "none")
         feed = {entry.name: value for entry, value in zip(session.get_inputs(), given, strict=True)}

@@ -1,0 +1,150 @@
+"""OpenVINO, for Intel and other x86-64 processors: two files, ``.openvino.xml`` and ``.openvino.bin``.
+
+Made from the ONNX file, whose names and tidied graph carry over. Reduced precision: ``bf16`` is the float32 file with a
+note in it that the runtime computes in bfloat16 (it does so itself on processors that have the instructions; float32 is
+therefore asked for explicitly everywhere else), ``int8`` is made by NNCF.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from byol_deploy import formats
+from byol_deploy.cores import usable_cores
+from byol_deploy.errors import BundleError, ExportError, ProviderError
+from byol_deploy.formats import Opened, Port, RunOptions, Signature
+from byol_deploy.formats._sidecar import SidecarFormat
+from byol_deploy.quantization import Calibration, Reducer
+
+PRECISION_NOTE = "byol_deploy_precision"
+"""Runtime information of the model: what the runtime computes in, where it is not float32."""
+
+
+class _OpenVino(SidecarFormat):
+    name = "openvino"
+    suffix = ".openvino.xml"
+    extra = "openvino"
+    requires = ("openvino", "torch", "onnx", "onnxscript")
+    runs_with = ("openvino",)
+    opens_in_encoder = True
+    precisions = ("fp32", "bf16", "int8")
+
+    def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
+        """See :meth:`byol_deploy.formats.Format.export`."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "model.onnx"
+            formats.get("onnx").export(graph, signature, source, {})
+            model = converted(source)
+        return self.write(model, path, carried)
+
+    def write(self, model: Any, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
+        """Write an ``openvino.Model`` and its texts."""
+        import openvino
+
+        openvino.save_model(model, path, compress_to_fp16=False)
+        return self.finish(path, carried, [path.with_suffix(".bin")])
+
+    def reducer(
+        self, graph: Any, signature: Signature, full: Path, precision: str, calibration: Calibration
+    ) -> Reducer:
+        """See :meth:`byol_deploy.formats.Format.reducer`."""
+        from byol_deploy.formats._openvino_reduced import reducer
+
+        return reducer(self, full, precision, calibration)
+
+    def load(self, path: Path, options: RunOptions) -> Opened:
+        """See :meth:`byol_deploy.formats.Format.load`."""
+        self.carried(path)
+        if options.provider not in ("cpu", "auto"):
+            raise ProviderError(f"OpenVINO is used on the CPU here, not on {options.provider!r}; use --provider cpu")
+        import openvino
+
+        model = read(path)
+        inside = dict(model.get_rt_info().items())
+        note = str(inside[PRECISION_NOTE].astype(str)) if PRECISION_NOTE in inside else "f32"
+        settings = {
+            "INFERENCE_NUM_THREADS": options.threads or usable_cores(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": note,
+        }
+        try:
+            compiled = core().compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise BundleError(
+                f"{path.name} cannot be run by OpenVINO {openvino.__version__}: {_line(error)}"
+            ) from error
+        ports = {port.any_name: port for port in compiled.outputs}
+        (source,) = compiled.inputs
+        local = threading.local()  # a request holds the memory of one caller's outputs
+
+        def compute(images: np.ndarray, names: Sequence[str] | None) -> dict[str, np.ndarray]:
+            request = getattr(local, "request", None)
+            if request is None:
+                request = local.request = compiled.create_infer_request()
+            request.infer([images], share_inputs=True, share_outputs=True)
+            # Copied, because the next call writes into the same memory.
+            return {name: request.get_tensor(ports[name]).data.copy() for name in (ports if names is None else names)}
+
+        return Opened(compute, tuple(map(_port, ports.values())), (_port(source),), "CPU", compiled)
+
+
+def converted(source: Path) -> Any:
+    """An ONNX file as an ``openvino.Model``.
+
+    Raises:
+        ExportError: OpenVINO lacks an operator; the message names it.
+    """
+    import openvino
+
+    try:
+        return openvino.convert_model(source)
+    except Exception as error:
+        raise ExportError(f"OpenVINO {openvino.__version__} cannot take this graph: {_line(error)}") from error
+
+
+def read(path: Path) -> Any:
+    """A written file as an ``openvino.Model``.
+
+    Raises:
+        BundleError: It is damaged.
+    """
+    try:
+        return core().read_model(path)
+    except RuntimeError as error:
+        raise BundleError(
+            f"{path.name} is not an OpenVINO file, or is damaged: {_line(error)}; export it again"
+        ) from error
+
+
+def core() -> Any:
+    """OpenVINO's entry to its devices; one is enough for a process."""
+    global _CORE
+    if _CORE is None:
+        import openvino
+
+        _CORE = openvino.Core()
+    return _CORE
+
+
+_CORE: Any = None
+
+
+def _port(port: Any) -> Port:
+    kind = str(port.element_type.to_dtype())
+    shape = tuple(int(size.get_length()) if size.is_static else None for size in port.partial_shape)
+    return Port(port.any_name, kind, shape)
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
+    return (lines or [type(error).__name__])[-1][:300]
+
+
+FORMAT = _OpenVino()
