@@ -106,9 +106,7 @@ def trained(name: str, out: Path = OUT) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument(
-        "--only", action="append", choices=ENCODERS | SPEED, help="repeat it for more; all when left out"
-    )
+    parser.add_argument("--only", action="append", choices=ENCODERS | SPEED, help="repeat it; all when left out")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     for name in arguments.only or ENCODERS | SPEED:
