@@ -6,14 +6,55 @@ is used for: do images keep their nearest neighbours, and by what part of the di
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import math
+import platform
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from byol_deploy.bench import measure
+from byol_deploy.environment import cpu
+from byol_deploy.errors import DataError, UsageError
+from byol_deploy.parity import MOST_MARGIN, as_rows, neighbour_agreement, separation_margin
+from byol_deploy.parity.measures import FEWEST_FOR_NEIGHBOURS, centred_units
+
 TARGETS = ("x86-vnni", "x86", "arm64")
+"""Processors, by what their int8 instructions want: x86-64 with VNNI multiplies unsigned activations by signed weights;
+without VNNI the same product saturates in 16 bits, so that weights get 7 bits; ARM multiplies signed by signed."""
+
+_FEW = 96
+"""Images for what a layer does alone: its drift is a mean, which needs fewer images than the neighbours do."""
+_BATCH = 32
+_ROUNDS = 9
+
+
+def this_target() -> str | None:
+    """The one of :data:`TARGETS` that this machine is; None for another processor."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        features = cpu()["features"] or {}
+        return "x86-vnni" if any(there and "vnni" in name for name, there in features.items()) else "x86"
+    return "arm64" if machine in ("arm64", "aarch64") else None
+
+
+def resolve_target(target: str) -> tuple[str, bool]:
+    """A target by name, "this" for this machine, and whether files for it are timed rightly here.
+
+    Raises:
+        UsageError: There is no such target, or this machine is none of them.
+    """
+    here = this_target()
+    if target == "this":
+        if here is None:
+            raise UsageError(f"this machine ({platform.machine()}) is none of the targets; use {', '.join(TARGETS)}")
+        return here, True
+    if target not in TARGETS:
+        raise UsageError(f"target {target!r} does not exist; use this, {', '.join(TARGETS)}")
+    # A file for a processor without VNNI runs on one with it too, but its time there says nothing about the former.
+    return target, target == here
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +93,287 @@ class Reducer(Protocol):
         Raises:
             ExportError: The quantiser failed.
         """
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a file of reduced precision must reach on the trial images.
+
+    Attributes:
+        agreement: Smallest share of images that keep their nearest neighbour.
+        margin: Largest drift in distances between different images, see :func:`byol_deploy.parity.separation_margin`.
+    """
+
+    agreement: float = 0.98
+    margin: float = MOST_MARGIN
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share and no distance."""
+        if not 0 < self.agreement <= 1 or not 0 < self.margin <= 1:
+            raise UsageError(
+                f"the goal is an agreement of {self.agreement} and a margin of {self.margin}; both lie above 0 and up "
+                "to 1, e.g. 0.98 and 0.25"
+            )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One file that was written and measured.
+
+    Attributes:
+        method: Calibration method; empty where there is none.
+        kept: The layers that stay in float32 (or in what the format computes instead).
+        agreement: Share of images that keep their nearest neighbour.
+        margin: Drift in distances between different images.
+        drift: Root mean square of the images' drift on the unit sphere: what trials are ordered by.
+        latency: Time of one image, in those of the float32 file; measured side by side.
+        bytes: Size of the file and what belongs to it.
+        passed: Whether the goal is reached.
+    """
+
+    method: str
+    kept: tuple[str, ...]
+    agreement: float
+    margin: float
+    drift: float
+    latency: float
+    bytes: int
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a number that is not finite becomes None."""
+        values = {**asdict(self), "kept": list(self.kept)}
+        return {key: None if isinstance(item, float) and not math.isfinite(item) else item
+                for key, item in values.items()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What :func:`search` tried and chose.
+
+    Attributes:
+        precision: The precision.
+        goal: What had to be reached.
+        trials: All files that were measured, in their order.
+        chosen: The one to publish; None when none reached the goal and was faster.
+        reason: Why none was chosen; empty otherwise.
+        sensitivity: For each layer the drift that it alone causes when it is reduced; empty where that was not needed.
+        images: Number of trial images.
+        calibration: Number of calibration images.
+        target: Processor that the file is for.
+    """
+
+    precision: str
+    goal: Goal
+    trials: tuple[Trial, ...]
+    chosen: Trial | None
+    reason: str
+    sensitivity: Mapping[str, float]
+    images: int
+    calibration: int
+    target: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in a manifest."""
+        return {
+            "method": self.chosen.method if self.chosen else None,
+            "kept": list(self.chosen.kept) if self.chosen else [],
+            "target": self.target,
+            "goal": asdict(self.goal),
+            "images": self.images,
+            "calibration": self.calibration,
+            "trials": [trial.to_dict() for trial in self.trials],
+            "sensitivity": {name: value for name, value in self.sensitivity.items() if math.isfinite(value)},
+        }
+
+    def table(self) -> str:
+        """The trade as text: one line a trial."""
+        head = ("calibration", "kept", "neighbours", "margin", "latency", "size", "")
+        full = [("", *head)]
+        for trial in self.trials:
+            mark = "chosen" if trial is self.chosen else "" if trial.passed else "below the goal"
+            full.append(
+                ("", trial.method or "none", str(len(trial.kept)), f"{trial.agreement:.1%}", f"{trial.margin:.3f}",
+                 f"{trial.latency:.2f}x", f"{trial.bytes / 1e6:.1f} MB", mark)  # fmt: skip
+            )
+        widths = [max(len(row[column]) for row in full) for column in range(len(full[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in full
+        )
+
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""Images (N, H, W, 3) uint8 to the deployed output (N, D) float32."""
+
+
+def search(
+    reducer: Reducer,
+    open_file: Callable[[Path], Run],
+    full: Run,
+    images: np.ndarray,
+    expected: np.ndarray,
+    *,
+    precision: str,
+    calibration: Calibration,
+    goal: Goal,
+    folder: Path,
+    must_be_faster: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Trade:
+    """Find the file that reaches the goal with the fewest layers kept in float32.
+
+    Every calibration method is tried with all layers reduced. The one with the least drift goes on: when it does not
+    reach the goal, each layer is reduced alone, the layers are ordered by the drift that they cause, and the fewest of
+    them that must go back to float32 are found by bisection.
+
+    Args:
+        reducer: Writes the files.
+        open_file: Opens a written file.
+        full: The float32 file, for latency.
+        images: (N, H, W, 3) uint8, none of which calibrates; at least 8.
+        expected: (N, D) float32, what the trained model gives for them.
+        precision: Of the reducer.
+        calibration: What the reducer was made with.
+        goal: What must be reached.
+        folder: For files that are thrown away.
+        must_be_faster: Whether a file that is not faster than float32 is no choice: on another processor than the one
+            it is for that says nothing.
+        say: Called with a line of progress now and then.
+
+    Raises:
+        ExportError: The quantiser failed.
+        UsageError: Fewer than 8 images.
+    """
+    if len(images) < FEWEST_FOR_NEIGHBOURS:
+        raise UsageError(f"{len(images)} images say nothing about neighbours; give {FEWEST_FOR_NEIGHBOURS} or more")
+    bench = _Bench(reducer, open_file, full, images, expected, goal, folder)
+    trials = []
+    for method in reducer.methods:
+        trials.append(bench.trial(method, ()))
+        say(_line(precision, trials[-1]))
+    best = min(trials, key=lambda trial: (not trial.passed, trial.drift))
+    sensitivity: dict[str, float] = {}
+    if not best.passed and reducer.layers:
+        say(f"{precision}: measuring what each of {len(reducer.layers)} layers does alone")
+        sensitivity = {layer: bench.alone(best.method, layer) for layer in reducer.layers}
+        order = sorted(reducer.layers, key=lambda layer: -sensitivity[layer])
+        found = _fewest(order, lambda kept: bench.trial(best.method, kept), trials, lambda trial: say(
+            _line(precision, trial)))  # fmt: skip
+        best = found or best
+    chosen, reason = _choose(trials, best, goal, precision, must_be_faster)
+    return Trade(precision, goal, tuple(trials), chosen, reason, sensitivity, len(images), len(calibration.images),
+                 calibration.target)  # fmt: skip
+
+
+def _choose(
+    trials: Sequence[Trial], best: Trial, goal: Goal, precision: str, must_be_faster: bool
+) -> tuple[Trial | None, str]:
+    if not best.passed:
+        near = min(trials, key=lambda trial: trial.drift)
+        return None, (
+            f"{precision} cannot reach the goal: the best of {len(trials)} tried files keeps {near.agreement:.1%} of the "
+            f"nearest neighbours at a margin of {near.margin:.3f}, and {goal.agreement:.1%} and {goal.margin:g} are "
+            f"asked for; calibrate with more images like those of production, or ask for less (--agreement "
+            f"{max(near.agreement - 0.005, 0.01):.2f})"
+        )
+    if must_be_faster and best.latency >= 1.0:
+        return None, (
+            f"{precision} is not faster here: {best.latency:.2f} times the float32 file's time with {len(best.kept)} "
+            "layers kept in float32; leave this precision out, or name the processor it is for with --target"
+        )
+    return best, ""
+
+
+def _fewest(
+    order: Sequence[str],
+    measure_kept: Callable[[tuple[str, ...]], Trial],
+    trials: list[Trial],
+    tell: Callable[[Trial], None],
+) -> Trial | None:
+    """The passing trial with the shortest prefix of ``order`` kept: doubled until one passes, then bisected."""
+
+    def at(count: int) -> Trial:
+        trial = measure_kept(tuple(order[:count]))
+        trials.append(trial)
+        tell(trial)
+        return trial
+
+    low, high, found = 0, 1, None
+    while True:
+        high = min(high, len(order))
+        trial = at(high)
+        if trial.passed:
+            found = trial
+            break
+        if high == len(order):
+            return None
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        trial = at(middle)
+        if trial.passed:
+            high, found = middle, trial
+        else:
+            low = middle
+    return found
+
+
+class _Bench:
+    """Writes, opens and measures one file after another."""
+
+    def __init__(
+        self,
+        reducer: Reducer,
+        open_file: Callable[[Path], Run],
+        full: Run,
+        images: np.ndarray,
+        expected: np.ndarray,
+        goal: Goal,
+        folder: Path,
+    ) -> None:
+        self.reducer, self.open_file, self.full, self.goal = reducer, open_file, full, goal
+        self.images = images
+        self.expected = as_rows(expected)
+        self.path = folder / "trial"
+        self.units = centred_units(self.expected)
+        self.few = centred_units(self.expected[:_FEW])
+
+    def trial(self, method: str, kept: tuple[str, ...]) -> Trial:
+        run, size = self._open(method, kept)
+        found = as_rows(_batches(run, self.images))
+        if not np.isfinite(found).all():
+            return Trial(method, kept, 0.0, math.inf, math.inf, math.inf, size, passed=False)
+        margin = separation_margin(found, self.expected)
+        agreement = neighbour_agreement(self.expected, found)
+        if margin is None or agreement is None:
+            raise DataError("the trial images give the same embedding: nothing can be chosen by them; give other images")
+        one = self.images[:1]
+        timing = measure({"full": lambda: self.full(one), "reduced": lambda: run(one)}, repeats=_ROUNDS, warmup=2)
+        passed = margin <= self.goal.margin and agreement >= self.goal.agreement
+        drift = float(np.sqrt(((centred_units(found) - self.units) ** 2).sum(axis=1).mean()))
+        return Trial(method, kept, agreement, margin, drift, timing["reduced"].ratio, size, passed)
+
+    def alone(self, method: str, layer: str) -> float:
+        """The drift when this layer alone is reduced; infinite where the outputs are not finite."""
+        run, _ = self._open(method, [name for name in self.reducer.layers if name != layer])
+        found = as_rows(_batches(run, self.images[:_FEW]))
+        if not np.isfinite(found).all():
+            return math.inf
+        return float(np.sqrt(((centred_units(found) - self.few) ** 2).sum(axis=1).mean()))
+
+    def _open(self, method: str, kept: Sequence[str]) -> tuple[Run, int]:
+        further = self.reducer.write(self.path, {}, method, kept)
+        return self.open_file(self.path), sum(item.stat().st_size for item in (self.path, *further))
+
+
+def _batches(run: Run, images: np.ndarray) -> np.ndarray:
+    return np.concatenate([run(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)])
+
+
+def _line(precision: str, trial: Trial) -> str:
+    kept = f", {len(trial.kept)} layers in float32" if trial.kept else ""
+    method = f" {trial.method}" if trial.method else ""
+    return (
+        f"{precision}{method}{kept}: {trial.agreement:.1%} of the nearest neighbours kept, margin {trial.margin:.3f}, "
+        f"{trial.latency:.2f}x the time of float32"
+    )
