@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import ByolDeployError
-from . import demo, doctor, embed, evaluate, export, inspect, train, verify
+from . import bench, demo, doctor, embed, evaluate, export, inspect, train, verify
 from .output import emit_json, talk
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for _module, _command in (
     (train, train.train),
     (export, export.export),
     (verify, verify.verify),
+    (bench, bench.bench),
     (embed, embed.embed),
     (evaluate, evaluate.evaluate),
     (inspect, inspect.inspect),
