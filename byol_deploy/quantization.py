@@ -193,8 +193,16 @@ class Trade:
         for trial in self.trials:
             mark = "chosen" if trial is self.chosen else "" if trial.passed else "below the goal"
             full.append(
-                ("", trial.method or "none", str(len(trial.kept)), f"{trial.agreement:.1%}", f"{trial.margin:.3f}",
-                 f"{trial.latency:.2f}x", f"{trial.bytes / 1e6:.1f} MB", mark)  # fmt: skip
+                (
+                    "",
+                    trial.method or "none",
+                    str(len(trial.kept)),
+                    f"{trial.agreement:.1%}",
+                    f"{trial.margin:.3f}",
+                    f"{trial.latency:.2f}x",
+                    f"{trial.bytes / 1e6:.1f} MB",
+                    mark,
+                )
             )
         widths = [max(len(row[column]) for row in full) for column in range(len(full[0]))]
         return "\n".join(
@@ -216,7 +224,7 @@ def search(
     precision: str,
     calibration: Calibration,
     goal: Goal,
-    folder: Path,
+    scratch: Path,
     must_be_faster: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Trade:
@@ -235,7 +243,7 @@ def search(
         precision: Of the reducer.
         calibration: What the reducer was made with.
         goal: What must be reached.
-        folder: For files that are thrown away.
+        scratch: Where trial files are written, one over the other, with the format's own suffix.
         must_be_faster: Whether a file that is not faster than float32 is no choice: on another processor than the one
             it is for that says nothing.
         say: Called with a line of progress now and then.
@@ -246,7 +254,7 @@ def search(
     """
     if len(images) < FEWEST_FOR_NEIGHBOURS:
         raise UsageError(f"{len(images)} images say nothing about neighbours; give {FEWEST_FOR_NEIGHBOURS} or more")
-    bench = _Bench(reducer, open_file, full, images, expected, goal, folder)
+    bench = _Bench(reducer, open_file, full, images, expected, goal, scratch)
     trials = []
     for method in reducer.methods:
         trials.append(bench.trial(method, ()))
@@ -271,9 +279,9 @@ def _choose(
     if not best.passed:
         near = min(trials, key=lambda trial: trial.drift)
         return None, (
-            f"{precision} cannot reach the goal: the best of {len(trials)} tried files keeps {near.agreement:.1%} of the "
-            f"nearest neighbours at a margin of {near.margin:.3f}, and {goal.agreement:.1%} and {goal.margin:g} are "
-            f"asked for; calibrate with more images like those of production, or ask for less (--agreement "
+            f"{precision} cannot reach the goal: the best of {len(trials)} tried files keeps {near.agreement:.1%} of "
+            f"the nearest neighbours at a margin of {near.margin:.3f}, and {goal.agreement:.1%} and {goal.margin:g} "
+            f"are asked for; calibrate with more images like those of production, or ask for less (--agreement "
             f"{max(near.agreement - 0.005, 0.01):.2f})"
         )
     if must_be_faster and best.latency >= 1.0:
@@ -329,12 +337,12 @@ class _Bench:
         images: np.ndarray,
         expected: np.ndarray,
         goal: Goal,
-        folder: Path,
+        scratch: Path,
     ) -> None:
         self.reducer, self.open_file, self.full, self.goal = reducer, open_file, full, goal
         self.images = images
         self.expected = as_rows(expected)
-        self.path = folder / "trial"
+        self.path = scratch
         self.units = centred_units(self.expected)
         self.few = centred_units(self.expected[:_FEW])
 
@@ -346,7 +354,9 @@ class _Bench:
         margin = separation_margin(found, self.expected)
         agreement = neighbour_agreement(self.expected, found)
         if margin is None or agreement is None:
-            raise DataError("the trial images give the same embedding: nothing can be chosen by them; give other images")
+            raise DataError(
+                "the trial images give the same embedding: nothing can be chosen by them; give other images"
+            )
         one = self.images[:1]
         timing = measure({"full": lambda: self.full(one), "reduced": lambda: run(one)}, repeats=_ROUNDS, warmup=2)
         passed = margin <= self.goal.margin and agreement >= self.goal.agreement

@@ -30,6 +30,7 @@ LAYERS = {
     "recipe": "1",
     "manifest": "1",
     "bundle": "1",
+    "calibration": "1",
     "golden": "1",
     "sealing": "1",
     "providers": "2",

@@ -166,6 +166,9 @@ class Format(Protocol):
     def providers(self) -> tuple[str, ...]:
         """Where its runtime really works on this machine, as in ``RunOptions.provider``; the default comes first."""
 
+    def runs_here(self) -> str:
+        """Why a written file cannot run on this machine, whatever is installed; empty when it can."""
+
     def tensors(self, path: Path) -> dict[str, np.ndarray]:
         """Every tensor stored in a written file, by its name in the file; empty where the format cannot tell."""
 

@@ -38,7 +38,7 @@ def reducer(full: Path, precision: str, calibration: Calibration) -> Reducer:
 
 
 class _Int8:
-    methods = ("minmax", "percentile", "entropy")
+    methods: tuple[str, ...] = ("minmax", "percentile", "entropy")
 
     def __init__(self, full: Path, calibration: Calibration) -> None:
         from onnxruntime.quantization import QuantType
@@ -58,9 +58,7 @@ class _Int8:
         }[calibration.target]
         graph = _load(self._folded).graph
         weights = {tensor.name for tensor in graph.initializer}
-        self.layers = tuple(
-            node.name for node in graph.node if node.op_type in _OPERATORS and node.input[1] in weights
-        )
+        self.layers = tuple(node.name for node in graph.node if node.op_type in _OPERATORS and node.input[1] in weights)
 
     def write(self, path: Path, carried: Mapping[str, str], method: str, kept: Collection[str]) -> tuple[Path, ...]:
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -113,15 +111,13 @@ class _Int8:
 
 
 class _Half:
-    methods = ("",)
+    methods: tuple[str, ...] = ("",)
 
     def __init__(self, full: Path, calibration: Calibration) -> None:
         self._full = full
         model = _load(full)
         too_large = _too_large(model, calibration.images)
-        self._blocked = tuple(
-            node.name for node in model.graph.node if too_large & {*node.input, *node.output}
-        )
+        self._blocked = tuple(node.name for node in model.graph.node if too_large & {*node.input, *node.output})
         # Those that must stay are no choice; the others go back one by one where the goal asks for it.
         self.layers = tuple(
             node.name

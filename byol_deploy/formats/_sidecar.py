@@ -76,6 +76,10 @@ class SidecarFormat:
             raise ValueError(f"{path.name} carries {', '.join(twice)} already")
         _write(_sidecar(path), names, {**known, **texts})
 
+    def runs_here(self) -> str:
+        """See :meth:`byol_deploy.formats.Format.runs_here`."""
+        return ""
+
     def providers(self) -> tuple[str, ...]:
         """See :meth:`byol_deploy.formats.Format.providers`."""
         return ("cpu",)

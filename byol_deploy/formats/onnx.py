@@ -93,6 +93,10 @@ class _Onnx:
 
         return Opened(compute, outputs, tuple(inputs), str(session.get_providers()[0]), session)
 
+    def runs_here(self) -> str:
+        """See :meth:`byol_deploy.formats.Format.runs_here`."""
+        return ""
+
     def providers(self) -> tuple[str, ...]:
         """See :meth:`byol_deploy.formats.Format.providers`. Without those that would compile an engine for minutes."""
         from byol_deploy.providers import CPU, NEVER_AUTOMATIC, short_name, working_providers

@@ -43,10 +43,11 @@ class _OpenVino(SidecarFormat):
             model = converted(source)
         return self.write(model, path, carried)
 
-    def write(self, model: Any, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
-        """Write an ``openvino.Model`` and its texts."""
+    def write(self, model: Any, path: Path, carried: Mapping[str, str], computes_in: str = "f32") -> tuple[Path, ...]:
+        """Write an ``openvino.Model`` and its texts, and the note what the runtime computes in."""
         import openvino
 
+        model.set_rt_info(computes_in, [PRECISION_NOTE])
         openvino.save_model(model, path, compress_to_fp16=False)
         return self.finish(path, carried, [path.with_suffix(".bin")])
 
@@ -66,8 +67,9 @@ class _OpenVino(SidecarFormat):
         import openvino
 
         model = read(path)
-        inside = dict(model.get_rt_info().items())
-        note = str(inside[PRECISION_NOTE].astype(str)) if PRECISION_NOTE in inside else "f32"
+        note = str(model.get_rt_info([PRECISION_NOTE]).astype(str)) if model.has_rt_info([PRECISION_NOTE]) else "f32"
+        if note not in ("f32", "bf16"):
+            raise BundleError(f"{path.name} asks to be computed in {note[:40]!r}, which is not known; export it again")
         settings = {
             "INFERENCE_NUM_THREADS": options.threads or usable_cores(),
             "PERFORMANCE_HINT": "LATENCY",
@@ -102,11 +104,27 @@ def converted(source: Path) -> Any:
         ExportError: OpenVINO lacks an operator; the message names it.
     """
     import openvino
+    from openvino._offline_transformations import apply_moc_transformations
 
     try:
-        return openvino.convert_model(source)
+        model = openvino.convert_model(source)
+        named = [node.get_friendly_name() for node in products(model)]
+        # Folds batch norm into the convolutions. The runtime would do it too, but the quantiser must see it done.
+        apply_moc_transformations(model, cf=True)
+        folded = products(model)
+        if len(folded) == len(named):
+            # Folding gives a convolution the name of its batch norm's product, which nobody knows.
+            for node, name in zip(folded, named, strict=True):
+                node.set_friendly_name(name)
+        return model
     except Exception as error:
         raise ExportError(f"OpenVINO {openvino.__version__} cannot take this graph: {_line(error)}") from error
+
+
+def products(model: Any) -> list[Any]:
+    """The convolutions and matrix products of a model, in the order of the graph."""
+    kinds = ("Convolution", "GroupConvolution", "MatMul")
+    return [node for node in model.get_ordered_ops() if node.get_type_name() in kinds]
 
 
 def read(path: Path) -> Any:

@@ -91,6 +91,10 @@ class _TorchScript:
 
         return Opened(compute, provider=str(device), session=module)
 
+    def runs_here(self) -> str:
+        """See :meth:`byol_deploy.formats.Format.runs_here`."""
+        return ""
+
     def providers(self) -> tuple[str, ...]:
         """See :meth:`byol_deploy.formats.Format.providers`."""
         import torch

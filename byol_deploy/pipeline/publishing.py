@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from byol_deploy import __version__
 from byol_deploy import formats as known_formats
@@ -38,9 +38,12 @@ from byol_deploy.host import describe_host
 from byol_deploy.images import printable
 from byol_deploy.parity import Limit, ParityReport
 from byol_deploy.pipeline.proof import BranchProof, FileComparison, compare_file, few, momentum_tensors, prove_branch
+from byol_deploy.pipeline.reducing import check_precisions, gather, precisions_of, reduce
 from byol_deploy.pipeline.reference import Reference, build_reference, choose_golden
 from byol_deploy.pipeline.showing import drift_of, file_evidence
+from byol_deploy.pipeline.tuning import LEAST_BUDGET_S, candidates, tune
 from byol_deploy.preprocess import Preprocessing
+from byol_deploy.quantization import Goal, Trade
 from byol_deploy.report import FileEvidence, write_bundle_report
 from byol_deploy.runtime import usable_cores
 
@@ -65,6 +68,11 @@ def export(
     backbone: str | None = None,
     trust_backbone: bool = False,
     keep_failed: str | os.PathLike[str] | None = None,
+    precisions: Sequence[str] = (),
+    calibration: str | os.PathLike[str] | None = None,
+    target: str = "this",
+    agreement: float = Goal.agreement,
+    tune_s: float | None = None,
     say: Say | None = None,
 ) -> Bundle:
     """Export the online branch of a checkpoint, prove every written file, and publish them as one bundle.
@@ -81,6 +89,15 @@ def export(
         backbone: For a checkpoint that does not say what its backbone is.
         trust_backbone: Import the recipe's own ``module:callable`` backbone.
         keep_failed: Where files that failed are kept, with their report, for a look; must not exist.
+        precisions: "fp16", "bf16", "int8", beside float32, which always comes along; a format that lacks one is
+            written without it.
+        calibration: A folder of images for the ranges of activations; None takes those that the training kept, and
+            where there are none ``data``.
+        target: Processor that int8 files are for: "x86-vnni", "x86", "arm64", or "this" one.
+        agreement: Share of images that must keep their nearest neighbour in a file of reduced precision.
+        tune_s: Seconds to measure in which file and number of threads is fastest here, see
+            :mod:`byol_deploy.pipeline.tuning`; with no formats or precisions named, all that are installed take part,
+            and one that does not reach the goal is left out. None does not tune.
         say: Called with a line of progress now and then.
 
     Returns:
@@ -92,7 +109,16 @@ def export(
         CheckpointError, DataError, OutputError, UsageError, MissingExtraError: See :mod:`byol_deploy.errors`.
     """
     say = say or (lambda line: None)
+    tuning = tune_s is not None
+    if tune_s is not None and tune_s < LEAST_BUDGET_S:
+        raise UsageError(f"a time budget of {tune_s:g} s is too small to decide; give {LEAST_BUDGET_S:g} s or more")
+    if tuning and not formats:
+        formats = candidates()
     chosen = _chosen_formats(formats)
+    if tuning and not precisions:
+        precisions = tuple(dict.fromkeys(name for format in chosen for name in format.precisions if name != "fp16"))
+    check_precisions(chosen, precisions)
+    goal = Goal(agreement)
     if keep_failed is not None and Path(keep_failed).exists():
         raise OutputError(f"{printable(keep_failed)} exists already; choose another folder for --keep-failed")
 
@@ -117,40 +143,79 @@ def export(
         manifest = describe_export(loaded, graph, preprocessing, reference, limits, label)
         carried = carry(manifest, golden, sealed=True)
         signature = _signature(graph, opset)
-        artefacts = []
-        failures = []
+        artefacts: list[Artefact] = []
+        failures: list[str] = []
         evidence: dict[str, FileEvidence] = {}
+        material = None
+        if any(precisions_of(format, precisions) for format in chosen):
+            material = gather(
+                graph, preprocessing, run=_run_of(loaded.path), images=calibration, data=data, target=target, goal=goal
+            )
+            say(f"calibrating for {material.calibration.target} on {len(material.calibration.images)} of "
+                f"{material.described}")  # fmt: skip
+
+        def finish(path: Path, format: Format, precision: str, further: tuple[Path, ...], trade: Trade | None) -> None:
+            """Seal, compare, note: the last things that are done to a file."""
+            host = describe_host(runtime=format.runs_with[0])
+            # The last thing that is done to a file: what is compared and published is what lies there now.
+            seal_artefact(path, format, precision, host, tuple(item.name for item in further))
+            cannot = format.runs_here()
+            if cannot:
+                say(f"{path.name}: not run here: {cannot}")
+                proof = prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
+                note = {**ParityReport(()).to_dict(), "not_run": cannot}
+                artefacts.append(_artefact(path, further, format, precision, note, reference, proof, trade))
+                return
+            say(f"comparing {path.name}, as written, with PyTorch")
+            found, proof = _prove(path, format, graph, loaded, reference, precision)
+            report = found.report.with_warnings(reference.warnings)
+            drift = drift_of(path, format, graph, reference, broken=not report.passed, precision=precision)
+            evidence[path.name] = file_evidence(reference, found.crowd, drift)
+            artefacts.append(_artefact(path, further, format, precision, report.to_dict(), reference, proof, trade))
+            say(f"{path.name}: {'PASS' if report.passed and proof.passed else 'FAIL'}\n{report.table()}\n{proof}")
+            failures.extend(f"{path.name}: {failure}" for failure in proof.faults)
+            failures.extend(report.failures if not report.passed else [])
+
         for format in chosen:
             path = folder / f"model{format.suffix}"
             say(f"writing {path.name}")
             try:
                 further = format.export(graph, signature, path, carried)
+                finish(path, format, "fp32", further, None)
+                for precision in precisions_of(format, precisions):
+                    assert material is not None
+                    reduced = folder / f"model.{precision}{format.suffix}"
+                    say(f"searching for {reduced.name}")
+                    trade, further = reduce(format, graph, signature, path, reduced, precision, material, carried, say)
+                    say(trade.table())
+                    if trade.chosen is not None:
+                        finish(reduced, format, precision, further, trade)
+                    elif tuning:
+                        say(f"left out: {trade.reason}")
+                    else:
+                        failures.append(f"{reduced.name}: {trade.reason}")
             except ExportError as error:
+                if tuning and format.name != "onnx":
+                    say(f"left out: {format.name}: {error}")
+                    _remove(folder, path)
+                    continue
                 raise ExportError(f"{label} cannot be exported to {format.name}: {error}") from error
-            host = describe_host(runtime=format.runs_with[0])
-            # The last thing that is done to a file: what is compared and published is what lies there now.
-            seal_artefact(path, format, "fp32", host, tuple(item.name for item in further))
-            say(f"comparing {path.name}, as written, with PyTorch")
-            found, proof = _prove(path, format, graph, loaded, reference)
-            report = found.report.with_warnings(reference.warnings)
-            drift = drift_of(path, format, graph, reference, broken=not report.passed)
-            evidence[path.name] = file_evidence(reference, found.crowd, drift)
-            artefacts.append(_artefact(path, further, format, report, reference, proof))
-            say(f"{path.name}: {'PASS' if report.passed and proof.passed else 'FAIL'}\n{report.table()}\n{proof}")
-            failures += [f"{path.name}: {failure}" for failure in proof.faults]
-            failures += report.failures if not report.passed else []
         if failures:
             kept = ""
             if keep_failed is not None:
                 _keep(folder, Path(keep_failed), artefacts)
                 kept = f" The files are in {printable(keep_failed)}."
             raise ParityError(
-                f"nothing was published: what was written differs from the trained model. {few(failures, 6)}.{kept}"
+                f"nothing was published: what was written differs from the trained model, or is not what was asked "
+                f"for. {few(failures, 6)}.{kept}"
             )
         packed = golden_to_bytes(golden)
         (folder / GOLDEN_FILE).write_bytes(packed)
         entry = GoldenFile(GOLDEN_FILE, hashlib.sha256(packed).hexdigest(), len(golden.images))
-        replace(manifest, golden=entry, artefacts=tuple(artefacts)).save(folder)
+        tuned = None
+        if tune_s is not None:
+            tuned = tune(folder, artefacts, reference.real.images, graph.outputs[0], budget_s=tune_s, say=say)
+        replace(manifest, golden=entry, artefacts=tuple(artefacts), tuned=tuned).save(folder)
         write_bundle_report(folder, evidence)
     say(f"published {printable(target)}")
     return Bundle.open(target)
@@ -201,10 +266,11 @@ def _backbone_name(loaded: LoadedCheckpoint) -> str:
 
 
 def _prove(
-    path: Path, format: Format, graph: EncoderGraph, loaded: LoadedCheckpoint, reference: Reference
+    path: Path, format: Format, graph: EncoderGraph, loaded: LoadedCheckpoint, reference: Reference, precision: str
 ) -> tuple[FileComparison, BranchProof]:
-    found = compare_file(path, format, reference, RunOptions())
-    return found, prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
+    found = compare_file(path, format, reference, RunOptions(), precision=precision)
+    proof = prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded), precision=precision)
+    return found, proof
 
 
 def describe_export(
@@ -243,18 +309,21 @@ def _artefact(
     path: Path,
     further: Iterable[Path],
     format: Format,
-    report: ParityReport,
+    precision: str,
+    parity: Mapping[str, Any],
     reference: Reference,
     proof: BranchProof,
+    trade: Trade | None,
 ) -> Artefact:
     return Artefact(
         file=path.name,
         format=format.name,
-        precision="fp32",
+        precision=precision,
         sha256=sha256_file(path),
         bytes=path.stat().st_size,
         extra_files=tuple(ExtraFile(item.name, sha256_file(item), item.stat().st_size) for item in further),
-        parity=report.to_dict(),
+        parity=parity,
+        reduction=trade.to_dict() if trade else {},
         host={
             "machine": platform.machine(),
             "system": platform.system(),
@@ -264,6 +333,17 @@ def _artefact(
             **_versions(),
         },
     )
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
+def _remove(folder: Path, path: Path) -> None:
+    """Take away what a format wrote before it failed."""
+    for item in folder.glob(f"{path.name.split('.')[0]}*{''.join(path.suffixes[:1])}*"):
+        item.unlink()
 
 
 def _versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 
 from byol_deploy import __version__
+from byol_deploy.calibration import keep, pick
 from byol_deploy.errors import DataError, RecipeError, UsageError
 from byol_deploy.images import BadImages
 from byol_deploy.recipe import Recipe
@@ -239,6 +240,9 @@ def _fit(
         raise DataError(f"{text} (it could be read when training started)") from error
     finally:
         metrics.close()
+    if trainer.is_global_zero:
+        # For int8 one day: the data may be elsewhere then.
+        keep(run_dir, pick([store.root / file.name for file in store.files], recipe.preprocessing()))
     seconds = time.perf_counter() - start
     say(f"done in {seconds:.0f} s: {last}")
     return FitResult(run_dir, last, len(store), len(bad), recipe.train.epochs, trainer.global_step, str(device),
