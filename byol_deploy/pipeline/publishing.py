@@ -128,14 +128,14 @@ def export(
     names = choose_outputs(OUTPUTS if outputs is None else outputs)
     loaded = load_checkpoint(checkpoint, backbone=backbone, trust_backbone=trust_backbone)
     preprocessing = checkpoint_preprocessing(loaded, image_size)
-    target = Path(out) if out is not None else _default_out(loaded.path)
+    place = Path(out) if out is not None else _default_out(loaded.path)
     graph = EncoderGraph(loaded.model, preprocessing, names)
     label = _backbone_name(loaded)
     say(f"online branch of {printable(loaded.path)}: {label}, {graph.parameter_count():,} parameters, "
         f"{graph.parameter_hash()}")  # fmt: skip
     say(f"stripped: {len(loaded.momentum_keys)} tensors of the momentum branch")
 
-    with publish(target) as folder:
+    with publish(place) as folder:
         say("computing the reference in float32 and float64")
         reference = build_reference(loaded, graph, preprocessing, data)
         say(f"comparing on {reference.described}{'' if data else ' (name your own with --data)'}")
@@ -217,8 +217,8 @@ def export(
             tuned = tune(folder, artefacts, reference.real.images, graph.outputs[0], budget_s=tune_s, say=say)
         replace(manifest, golden=entry, artefacts=tuple(artefacts), tuned=tuned).save(folder)
         write_bundle_report(folder, evidence)
-    say(f"published {printable(target)}")
-    return Bundle.open(target)
+    say(f"published {printable(place)}")
+    return Bundle.open(place)
 
 
 def _chosen_formats(names: Sequence[str]) -> list[Format]:

@@ -95,6 +95,7 @@ def write_speed_report(path: str | os.PathLike[str], report: SpeedReport, comman
     states = [row.status for row in report.rows]
     counted = {status: states.count(status) for status in ("passed", "failed", "not compared", "not run")}
     told = ", ".join(f"{count} {_SAID[status]}" for status, count in counted.items() if count)
+    trust = "" if report.reliable else " The times are not reliable: see the warning."
     with tempfile.TemporaryDirectory(prefix="byol-deploy-report-") as folder:
         # The ordinary page, and the section as the first thing in it.
         page = Path(folder) / "page.html"
@@ -102,7 +103,7 @@ def write_speed_report(path: str | os.PathLike[str], report: SpeedReport, comman
             page,
             title=f"Speed of {', '.join(Path(item).name for item in report.paths)}",
             passed=report.passed,
-            verdict=f"Of {len(states)} rows {told}. {report.control_line()}.",
+            verdict=f"Of {len(states)} rows {told}.{trust}",
             facts={"Where it was measured": [(name, text) for name, text in report.host.items() if text]},
             commands=[command] if command else [],
             warnings=report.warnings,
@@ -181,7 +182,8 @@ def draw_speed(rows: Sequence[SpeedRow]) -> dict[str, Any]:
 
 def _labels(rows: Sequence[SpeedRow], names: Sequence[str], drawn: dict[str, Any]) -> list[dict[str, Any]]:
     """A name beside one mark of each file, where it covers nothing; with a line to it where that is farther away."""
-    taken = [(mark["x"] - 7, mark["y"] - 7, mark["x"] + 7, mark["y"] + 7) for mark in drawn["marks"]]
+    above = 18 if len(drawn["threads"]) > 1 else 7  # where the number of threads stands
+    taken = [(mark["x"] - 7, mark["y"] - above, mark["x"] + 7, mark["y"] + 7) for mark in drawn["marks"]]
     labels = []
     for name, places in sorted(zip(names, drawn["lines"], strict=True), key=lambda pair: pair[1][0][1]):
         row = next(row for row in rows if row.name == name)
