@@ -7,6 +7,7 @@ coordinates.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import tempfile
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from byol_deploy.pipeline.benching.rows import SpeedReport, SpeedRow
 
 _WIDTH, _HEIGHT = 860.0, 470.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 24.0, 46.0, 56.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84.0, 24.0, 46.0, 56.0
 _STRIP = 30.0
 _LETTER = 6.1
 """Width of a letter of a label, about."""
@@ -35,6 +36,7 @@ svg{background:#fff;color:#222}text{font:12px system-ui,sans-serif;fill:currentC
 """
 _INK = {"passed": "#0a6b50", "failed": "#b3261e", "none": "#7d7d7d"}
 _MARKS = 4
+_KEY = "small numbers are threads; red did not pass its comparison, grey was not compared"
 
 
 def check_plot(path: str | os.PathLike[str]) -> str:
@@ -60,7 +62,11 @@ def write_speed_plot(path: str | os.PathLike[str], report: SpeedReport) -> None:
     kind = check_plot(path)
     drawn = draw_speed(report.rows)
     if kind == "svg":
-        text = _environment().get_template("speed.svg.j2").render(drawn=drawn, ink=_INK, alone=_ALONE, marks=MARKS)
+        text = (
+            _environment()
+            .get_template("speed.svg.j2")
+            .render(drawn=drawn, ink=_INK, alone=_ALONE, marks=MARKS, key=_KEY)
+        )
         content = (text.strip() + "\n").encode("utf-8", "backslashreplace")
     else:
         content = _png(drawn)
@@ -77,7 +83,7 @@ def speed_section(report: SpeedReport) -> str:
     template = _environment().get_template("speed.html.j2")
     base = next((row.base for row in report.rows if row.base), "")
     return template.render(report=report, drawn=draw_speed(report.rows), base=base, ink=_INK, rows=_grouped(report),
-                           marks=MARKS)  # fmt: skip
+                           marks=MARKS, key=_KEY)  # fmt: skip
 
 
 def write_speed_report(path: str | os.PathLike[str], report: SpeedReport, command: str = "") -> None:
@@ -106,7 +112,7 @@ def write_speed_report(path: str | os.PathLike[str], report: SpeedReport, comman
             verdict=f"Of {len(states)} rows {told}.{trust}",
             facts={"Where it was measured": [(name, text) for name, text in report.host.items() if text]},
             commands=[command] if command else [],
-            warnings=report.warnings,
+            warnings=[warning[:1].upper() + warning[1:] for warning in report.warnings],
         )
         html = page.read_text(encoding="utf-8")
     before, opening, after = html.partition("<main>\n")
@@ -136,7 +142,8 @@ def draw_speed(rows: Sequence[SpeedRow]) -> dict[str, Any]:
     left, right, top, bottom = _LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM
     drawn: dict[str, Any] = {
         "width": _WIDTH, "height": _HEIGHT, "left": left, "right": right, "top": top, "bottom": bottom,
-        "batch": smallest, "x_ticks": [], "y_ticks": [], "marks": [], "lines": [], "labels": [], "limit": None,
+        "batch": smallest, "x_ticks": [], "y_ticks": [], "marks": [], "lines": [], "counts": [], "labels": [],
+        "limit": None,
         "threads": sorted({row.threads for row in timed}),
     }  # fmt: skip
     if not timed:
@@ -164,6 +171,10 @@ def draw_speed(rows: Sequence[SpeedRow]) -> dict[str, Any]:
     drawn["y_ticks"] = [
         (height(10.0**power), f"1e{power}") for power in range(math.ceil(low_y), math.floor(high_y) + 1, every)
     ]
+    strip = {"none" if row.fidelity.margin is None else "0" for row in timed if up(row) == bottom - _STRIP / 2}
+    drawn["y_ticks"] += [(bottom - _STRIP / 2, " or ".join(sorted(strip)))] if strip else []
+    if any(up(row) == top + _STRIP / 2 for row in timed):
+        drawn["y_ticks"].append((top + _STRIP / 2, "not finite"))
     names = list(dict.fromkeys(row.name for row in timed))
     for number, name in enumerate(names):
         mine = sorted((row for row in timed if row.name == name), key=lambda row: row.threads)
@@ -174,16 +185,35 @@ def draw_speed(rows: Sequence[SpeedRow]) -> dict[str, Any]:
             margin = row.fidelity.margin
             drift = "no margin" if margin is None else f"margin {margin:.2g}"
             said = f"{name}, {row.threads} thread(s): {row.p50_ms:.3g} ms, {drift}, {row.status}"
-            drawn["marks"].append({"x": x, "y": y, "ink": ink, "shape": number % _MARKS, "said": said,
-                                   "threads": row.threads})  # fmt: skip
+            drawn["marks"].append({"x": x, "y": y, "ink": ink, "shape": number % _MARKS, "said": said})
+        drawn["counts"] += _counts(mine, places) if len(drawn["threads"]) > 1 else []
     drawn["labels"] = _labels(timed, names, drawn)
     return drawn
+
+
+def _counts(rows: Sequence[SpeedRow], places: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:
+    """The number of threads above each mark; one text for marks that lie on each other."""
+    groups: list[list[tuple[float, float, int]]] = []
+    for (x, y), row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0]):
+        last = groups[-1][-1] if groups else None
+        if last is not None and x - last[0] < 12 and abs(y - last[1]) < 12:
+            groups[-1].append((x, y, row.threads))
+        else:
+            groups.append([(x, y, row.threads)])
+    return [
+        (sum(x for x, _, _ in group) / len(group), min(y for _, y, _ in group),
+         ", ".join(str(count) for _, _, count in group))
+        for group in groups
+    ]  # fmt: skip
 
 
 def _labels(rows: Sequence[SpeedRow], names: Sequence[str], drawn: dict[str, Any]) -> list[dict[str, Any]]:
     """A name beside one mark of each file, where it covers nothing; with a line to it where that is farther away."""
     above = 18 if len(drawn["threads"]) > 1 else 7  # where the number of threads stands
     taken = [(mark["x"] - 7, mark["y"] - above, mark["x"] + 7, mark["y"] + 7) for mark in drawn["marks"]]
+    for places in drawn["lines"]:
+        taken += [(min(x, u), min(y, v) - 2, max(x, u), max(y, v) + 2)
+                  for (x, y), (u, v) in itertools.pairwise(places)]  # fmt: skip
     labels = []
     for name, places in sorted(zip(names, drawn["lines"], strict=True), key=lambda pair: pair[1][0][1]):
         row = next(row for row in rows if row.name == name)
@@ -191,25 +221,26 @@ def _labels(rows: Sequence[SpeedRow], names: Sequence[str], drawn: dict[str, Any
         status = [row.status for row in rows if row.name == name]
         ink = "failed" if "failed" in status else "passed" if set(status) == {"passed"} else "none"
         wide = _LETTER * len(text)
-        x, y = min(places)
+        (x, y), (far, other) = min(places), max(places)
         for step in range(24):
             dy = 15.0 * ((step + 1) // 2) * (-1 if step % 2 else 1)
-            sides = [(x - 12 - wide, "end"), (x + 12, "start")]
+            # On the left of the fastest mark, or on the right of the slowest.
+            sides = [(x - 12 - wide, "end", x, y), (far + 12, "start", far, other)]
             fitting = [
-                (box, anchor)
-                for start, anchor in sides
-                if (box := (start, y + dy - 8, start + wide, y + dy + 7))[0] >= drawn["left"] + 2
+                (box, anchor, u, v)
+                for start, anchor, u, v in sides
+                if (box := (start, v + dy - 8, start + wide, v + dy + 7))[0] >= drawn["left"] + 2
                 and box[2] <= drawn["right"]
                 and drawn["top"] <= box[1]
                 and box[3] <= drawn["bottom"]
                 and not any(_meet(box, other) for other in taken)
             ]
             if fitting:
-                box, anchor = fitting[0]
+                box, anchor, u, v = fitting[0]
                 taken.append(box)
                 at = box[2] if anchor == "end" else box[0]
-                labels.append({"x": at, "y": y + dy + 4, "anchor": anchor, "text": text, "ink": ink,
-                               "leader": (x, y, at, y + dy) if abs(dy) > 15 else None})  # fmt: skip
+                labels.append({"x": at, "y": v + dy + 4, "anchor": anchor, "text": text, "ink": ink,
+                               "leader": (u, v, at, v + dy) if abs(dy) > 15 else None})  # fmt: skip
                 break
     return labels
 
@@ -262,6 +293,7 @@ def _png(drawn: dict[str, Any], scale: int = 2) -> bytes:
         pen.line(points(left, y, right, y), "#e6e6e6", scale)
         text(left - 8, y, said, "rm")
     text(left, 12, "margin: drift of images, in distances between different ones (further down is nearer)", "lm")
+    text(left, 30, _KEY, "lm", "#777777", small)
     text(right, bottom + 34, f"median time of batch {drawn['batch']}, ms (to the left is faster)", "rm")
     if drawn["limit"] is not None:
         for at in range(int(left), int(right), 10):
@@ -275,8 +307,8 @@ def _png(drawn: dict[str, Any], scale: int = 2) -> bytes:
     for mark in drawn["marks"]:
         x, y, ink = mark["x"], mark["y"], _INK[mark["ink"]]
         pen.polygon([tuple(points(x + dx, y + dy)) for dx, dy in MARKS[mark["shape"]]], ink)
-        if len(drawn["threads"]) > 1:
-            text(x, y - 11, str(mark["threads"]), "mm", "#777777", small)
+    for x, y, said in drawn["counts"]:
+        text(x, y - 12, said, "mm", "#777777", small)
     for label in drawn["labels"]:
         text(label["x"], label["y"] - 4, label["text"], "rm" if label["anchor"] == "end" else "lm", _INK[label["ink"]])
     packed = io.BytesIO()

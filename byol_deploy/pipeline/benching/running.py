@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from byol_deploy.atomic import check_file
-from byol_deploy.bench import ROUNDS, Block, Comparison, measure_blocks
+from byol_deploy.bench import ROUNDS, Block, Comparison, check_budget, measure_blocks
 from byol_deploy.cores import usable_cores
 from byol_deploy.errors import BundleError, MissingError, UsageError, require_packages
 from byol_deploy.host import describe_host
@@ -92,6 +92,7 @@ def bench(
     """
     say = say or (lambda line: None)
     plan = _plan(batches, threads, starts)
+    check_budget(budget_s, rounds)
     if plot is not None:
         check_plot(plot)
     for target in (plot, report):
