@@ -19,7 +19,7 @@ from byol_deploy.bench import measure
 from byol_deploy.environment import cpu
 from byol_deploy.errors import DataError, UsageError
 from byol_deploy.parity import MOST_MARGIN, as_rows, neighbour_agreement, separation_margin
-from byol_deploy.parity.measures import FEWEST_FOR_NEIGHBOURS, centred_units
+from byol_deploy.parity.measures import FEWEST_FOR_NEIGHBOURS, centred_units, distance_apart
 
 TARGETS = ("x86-vnni", "x86", "arm64")
 """Processors, by what their int8 instructions want: x86-64 with VNNI multiplies unsigned activations by signed weights;
@@ -36,7 +36,7 @@ def this_target() -> str | None:
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
         features = cpu()["features"] or {}
-        return "x86-vnni" if any(there and "vnni" in name for name, there in features.items()) else "x86"
+        return "x86-vnni" if any(there and "vnni" in name.lower() for name, there in features.items()) else "x86"
     return "arm64" if machine in ("arm64", "aarch64") else None
 
 
@@ -125,6 +125,7 @@ class Trial:
         kept: The layers that stay in float32 (or in what the format computes instead).
         agreement: Share of images that keep their nearest neighbour.
         margin: Drift in distances between different images.
+        outliers: Margin of the images far from those that calibrate, in units of what is allowed there.
         drift: Root mean square of the images' drift on the unit sphere: what trials are ordered by.
         latency: Time of one image, in those of the float32 file; measured side by side.
         bytes: Size of the file and what belongs to it.
@@ -135,6 +136,7 @@ class Trial:
     kept: tuple[str, ...]
     agreement: float
     margin: float
+    outliers: float
     drift: float
     latency: float
     bytes: int
@@ -188,7 +190,7 @@ class Trade:
 
     def table(self) -> str:
         """The trade as text: one line a trial."""
-        head = ("calibration", "kept", "neighbours", "margin", "latency", "size", "")
+        head = ("calibration", "kept", "neighbours", "margin", "odd images", "latency", "size", "")
         full = [("", *head)]
         for trial in self.trials:
             mark = "chosen" if trial is self.chosen else "" if trial.passed else "below the goal"
@@ -199,6 +201,7 @@ class Trade:
                     str(len(trial.kept)),
                     f"{trial.agreement:.1%}",
                     f"{trial.margin:.3f}",
+                    f"{trial.outliers:.0%} of limit",
                     f"{trial.latency:.2f}x",
                     f"{trial.bytes / 1e6:.1f} MB",
                     mark,
@@ -208,6 +211,21 @@ class Trade:
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in full
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """Images far from those that calibrate, such as noise and odd files: the gate asks about them too.
+
+    Attributes:
+        images: (M, H, W, 3) uint8.
+        expected: (M, D) float32, what the trained model gives for them.
+        margin: Largest drift, in distances between different trial images.
+    """
+
+    images: np.ndarray
+    expected: np.ndarray
+    margin: float
 
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -225,6 +243,7 @@ def search(
     calibration: Calibration,
     goal: Goal,
     scratch: Path,
+    outliers: Outliers | None = None,
     must_be_faster: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Trade:
@@ -244,6 +263,7 @@ def search(
         calibration: What the reducer was made with.
         goal: What must be reached.
         scratch: Where trial files are written, one over the other, with the format's own suffix.
+        outliers: Images far from those that calibrate, with a limit of their own; None where there are none.
         must_be_faster: Whether a file that is not faster than float32 is no choice: on another processor than the one
             it is for that says nothing.
         say: Called with a line of progress now and then.
@@ -254,7 +274,7 @@ def search(
     """
     if len(images) < FEWEST_FOR_NEIGHBOURS:
         raise UsageError(f"{len(images)} images say nothing about neighbours; give {FEWEST_FOR_NEIGHBOURS} or more")
-    bench = _Bench(reducer, open_file, full, images, expected, goal, scratch)
+    bench = _Bench(reducer, open_file, full, images, expected, goal, scratch, outliers)
     trials = []
     for method in reducer.methods:
         trials.append(bench.trial(method, ()))
@@ -280,7 +300,8 @@ def _choose(
         near = min(trials, key=lambda trial: trial.drift)
         return None, (
             f"{precision} cannot reach the goal: the best of {len(trials)} tried files keeps {near.agreement:.1%} of "
-            f"the nearest neighbours at a margin of {near.margin:.3f}, and {goal.agreement:.1%} and {goal.margin:g} "
+            f"the nearest neighbours at a margin of {near.margin:.3f} (odd images: {near.outliers:.0%} of their limit), "
+            f"and {goal.agreement:.1%} and {goal.margin:g} "
             f"are asked for; calibrate with more images like those of production, or ask for less (--agreement "
             f"{max(near.agreement - 0.005, 0.01):.2f})"
         )
@@ -338,19 +359,20 @@ class _Bench:
         expected: np.ndarray,
         goal: Goal,
         scratch: Path,
+        outliers: Outliers | None,
     ) -> None:
         self.reducer, self.open_file, self.full, self.goal = reducer, open_file, full, goal
         self.images = images
         self.expected = as_rows(expected)
         self.path = scratch
-        self.units = centred_units(self.expected)
-        self.few = centred_units(self.expected[:_FEW])
+        self.outliers = outliers
+        self.apart = distance_apart(self.expected)
 
     def trial(self, method: str, kept: tuple[str, ...]) -> Trial:
         run, size = self._open(method, kept)
         found = as_rows(_batches(run, self.images))
         if not np.isfinite(found).all():
-            return Trial(method, kept, 0.0, math.inf, math.inf, math.inf, size, passed=False)
+            return Trial(method, kept, 0.0, math.inf, math.inf, math.inf, math.inf, size, passed=False)
         margin = separation_margin(found, self.expected)
         agreement = neighbour_agreement(self.expected, found)
         if margin is None or agreement is None:
@@ -359,9 +381,10 @@ class _Bench:
             )
         one = self.images[:1]
         timing = measure({"full": lambda: self.full(one), "reduced": lambda: run(one)}, repeats=_ROUNDS, warmup=2)
-        passed = margin <= self.goal.margin and agreement >= self.goal.agreement
-        drift = float(np.sqrt(((centred_units(found) - self.units) ** 2).sum(axis=1).mean()))
-        return Trial(method, kept, agreement, margin, drift, timing["reduced"].ratio, size, passed)
+        outliers, _ = self._beyond(run, found)
+        passed = margin <= self.goal.margin and agreement >= self.goal.agreement and outliers <= 1.0
+        drift = self._drift(found, self.expected)
+        return Trial(method, kept, agreement, margin, outliers, drift, timing["reduced"].ratio, size, passed)
 
     def alone(self, method: str, layer: str) -> float:
         """The drift when this layer alone is reduced; infinite where the outputs are not finite."""
@@ -369,7 +392,26 @@ class _Bench:
         found = as_rows(_batches(run, self.images[:_FEW]))
         if not np.isfinite(found).all():
             return math.inf
-        return float(np.sqrt(((centred_units(found) - self.few) ** 2).sum(axis=1).mean()))
+        real = self._drift(found, self.expected[: len(found)])
+        _, beyond = self._beyond(run, found)
+        return max(real, beyond / 2)
+
+    @staticmethod
+    def _drift(found: np.ndarray, expected: np.ndarray) -> float:
+        return float(np.sqrt(((centred_units(found) - centred_units(expected)) ** 2).sum(axis=1).mean()))
+
+    def _beyond(self, run: Run, found: np.ndarray) -> tuple[float, float]:
+        """The outliers' margin in units of its limit, and their root mean square drift; ``found`` are real images'."""
+        outliers = self.outliers
+        if outliers is None:
+            return 0.0, 0.0
+        values, expected = as_rows(_batches(run, outliers.images)), as_rows(outliers.expected)
+        if not np.isfinite(values).all():
+            return math.inf, math.inf
+        real = self.expected[: len(found)]
+        margin = separation_margin(values, expected, self.apart, among=(real, found))
+        drift = np.linalg.norm(centred_units(values, found) - centred_units(expected, real), axis=1)
+        return (margin or 0.0) / outliers.margin, float(np.sqrt((drift**2).mean()))
 
     def _open(self, method: str, kept: Sequence[str]) -> tuple[Run, int]:
         further = self.reducer.write(self.path, {}, method, kept)
@@ -385,5 +427,6 @@ def _line(precision: str, trial: Trial) -> str:
     method = f" {trial.method}" if trial.method else ""
     return (
         f"{precision}{method}{kept}: {trial.agreement:.1%} of the nearest neighbours kept, margin {trial.margin:.3f}, "
+        f"odd images {trial.outliers:.0%} of the limit, "
         f"{trial.latency:.2f}x the time of float32"
     )

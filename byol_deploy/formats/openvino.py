@@ -107,7 +107,7 @@ def converted(source: Path) -> Any:
     from openvino._offline_transformations import apply_moc_transformations
 
     try:
-        model = openvino.convert_model(source)
+        model = core().read_model(source)
         named = [node.get_friendly_name() for node in products(model)]
         # Folds batch norm into the convolutions. The runtime would do it too, but the quantiser must see it done.
         apply_moc_transformations(model, cf=True)

@@ -149,7 +149,14 @@ def export(
         material = None
         if any(precisions_of(format, precisions) for format in chosen):
             material = gather(
-                graph, preprocessing, run=_run_of(loaded.path), images=calibration, data=data, target=target, goal=goal
+                graph,
+                preprocessing,
+                reference,
+                run=_run_of(loaded.path),
+                images=calibration,
+                data=data,
+                target=target,
+                goal=goal,
             )
             say(f"calibrating for {material.calibration.target} on {len(material.calibration.images)} of "
                 f"{material.described}")  # fmt: skip

@@ -14,9 +14,10 @@ from byol_deploy import calibration as kept_images
 from byol_deploy.errors import DataError, UsageError
 from byol_deploy.formats import Format, RunOptions, Signature
 from byol_deploy.images import find_images
-from byol_deploy.pipeline.reference import real_images
+from byol_deploy.parity import FidelityLimit, fidelity_limits
+from byol_deploy.pipeline.reference import Reference, real_images
 from byol_deploy.preprocess import Preprocessing
-from byol_deploy.quantization import Calibration, Goal, Trade, resolve_target, search
+from byol_deploy.quantization import Calibration, Goal, Outliers, Trade, resolve_target, search
 
 if TYPE_CHECKING:
     from byol_deploy.graph import EncoderGraph
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 CALIBRATING = 128
 TRYING = 384
 """Images on which trials are judged: with 384 of them one neighbour more or less is 0.3 % of agreement."""
+
+# The gate judges other images: what just passes here might just fail there.
+_SLACK = 0.9
 
 Say = Callable[[str], None]
 
@@ -36,6 +40,7 @@ class Material:
         calibration: Images and target of the quantisers.
         trying: (N, H, W, 3) uint8, none of which calibrates.
         expected: (N, D) float32, the deployed output of the trained model for them.
+        outliers: Images far from those that calibrate: awkward ones, and those of the end-to-end comparison.
         goal: What must be reached.
         timed: Whether a file for the target is timed rightly on this machine.
         described: Where the images are from, in words.
@@ -44,6 +49,7 @@ class Material:
     calibration: Calibration
     trying: np.ndarray
     expected: np.ndarray
+    outliers: Outliers
     goal: Goal
     timed: bool
     described: str
@@ -52,6 +58,7 @@ class Material:
 def gather(
     graph: EncoderGraph,
     preprocessing: Preprocessing,
+    reference: Reference,
     *,
     run: Path | None,
     images: str | os.PathLike[str] | None,
@@ -64,6 +71,7 @@ def gather(
     Args:
         graph: The trained encoder.
         preprocessing: Its input.
+        reference: What files are compared with afterwards: the search holds itself to the same odd images.
         run: A run directory, whose training kept a pick of its images.
         images: A folder to calibrate with; None takes the run's pick, and where there is none ``data``.
         data: A folder of real images to judge by; None takes those that do not calibrate.
@@ -102,8 +110,17 @@ def gather(
             f"{CALIBRATING + TRYING} or more"
         )
     name = graph.outputs[0]
+    awkward, whole = reference.awkward, reference.end_to_end
+    limits = fidelity_limits(awkward.limits, photographs=False, agreement=False)
+    limit = limits[name]
+    assert isinstance(limit, FidelityLimit)
+    odd = Outliers(
+        np.concatenate([awkward.images, whole.images]),
+        np.concatenate([awkward.expected[name], whole.expected[name]]),
+        _SLACK * limit.margin,
+    )
     return Material(
-        Calibration(calibrating[:CALIBRATING], resolved), trying, graph.run(trying)[name], goal, timed,
+        Calibration(calibrating[:CALIBRATING], resolved), trying, graph.run(trying)[name], odd, goal, timed,
         f"{described}; judged by {len(trying)} others",
     )  # fmt: skip
 
@@ -163,6 +180,7 @@ def reduce(
             calibration=material.calibration,
             goal=material.goal,
             scratch=scratch,
+            outliers=material.outliers,
             must_be_faster=material.timed,
             say=lambda line: say(f"{format.name} {line}"),
         )

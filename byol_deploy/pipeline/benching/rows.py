@@ -152,7 +152,7 @@ class SpeedReport:
         rounds: Rounds of the interleaved run.
         seconds: What the interleaved run took.
         budget_s: What it was allowed to take.
-        images: What was compared on, in words.
+        images: What was timed on, in words.
         host: Where it was measured.
         empty_bytes: The most memory of a process that opens nothing; None where it is not known.
         warnings: What a reader must know before the numbers.
@@ -222,8 +222,7 @@ class SpeedReport:
         for name, said in self.remarks():
             lines.append(f"{name}: {said}")
         lines.append(self.control_line())
-        if self.images:
-            lines.append(f"compared on {self.images}")
+        lines.append(self.truth_line())
         if self.empty_bytes:
             lines.append(f"a process that opens nothing has a peak of {megabytes(self.empty_bytes)} MB")
         lines += [f"WARNING {warning}" for warning in self.warnings]
@@ -237,6 +236,12 @@ class SpeedReport:
             if reason:
                 said[row.name, f"{SHOWN[row.status]}: {reason}"] = None
         return list(said)
+
+    def truth_line(self) -> str:
+        """What the times were taken on, and what the rows were compared with."""
+        truths = dict.fromkeys(row.fidelity.against for row in self.rows if row.fidelity.against)
+        compared = f"compared with {'; '.join(truths)}" if truths else "compared with nothing"
+        return f"timed on {self.images}; {compared}" if self.images else compared
 
     def control_line(self) -> str:
         """The control in a sentence."""

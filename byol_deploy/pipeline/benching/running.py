@@ -93,8 +93,8 @@ def bench(
     say = say or (lambda line: None)
     plan = _plan(batches, threads, starts)
     check_budget(budget_s, rounds)
-    if plot is not None:
-        check_plot(plot)
+    if report is not None or (plot is not None and check_plot(plot) == "svg"):
+        require_packages("a report or an SVG", "train", "jinja2")
     for target in (plot, report):
         if target is not None:
             check_file(target, force=True)
