@@ -42,6 +42,9 @@ def build(family: str) -> EncoderGraph:
     name, arguments = FAMILIES[family]
     model = BYOL(build_backbone(name, **arguments), projection_hidden=32, projection_size=16)
     with torch.no_grad():
+        for key, values in model.named_parameters():
+            if values.dim() == 1 and key.endswith("weight"):
+                values.uniform_(0.5, 1.5)  # timm begins with zeros at a branch's end, whose layers would not matter
         model.train()(torch.randn(8, 3, SIZE, SIZE))
     return EncoderGraph(model, Preprocessing(SIZE))
 
