@@ -74,6 +74,7 @@ def test_times_that_are_not_reliable_are_marked(tmp_path: Path) -> None:
     write_speed_report(tmp_path / "r.html", replace(off, warnings=("these times are not reliable",)))
     page = read(tmp_path / "r.html")[1]
     assert "✕ times not reliable" in page.text
+    assert "All 1 rows computed what was trained. The times are not reliable" in page.text
     assert "These times are not reliable" in page.text
     assert ("div", "class", "verdict warn") in page.attributes
     write_speed_report(tmp_path / "n.html", replace(off, control=None))

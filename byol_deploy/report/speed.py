@@ -101,6 +101,11 @@ def write_speed_report(path: str | os.PathLike[str], report: SpeedReport, comman
     states = [row.status for row in report.rows]
     counted = {status: states.count(status) for status in ("passed", "failed", "not compared", "not run")}
     told = ", ".join(f"{count} {_SAID[status]}" for status, count in counted.items() if count)
+    told = (
+        f"All {len(states)} rows {told.partition(' ')[2]}"
+        if states.count("passed") == len(states)
+        else f"Of {len(states)} rows {told}"
+    )
     trust = "" if report.reliable else " The times are not reliable: see the warning."
     with tempfile.TemporaryDirectory(prefix="byol-deploy-report-") as folder:
         # The ordinary page, and the section as the first thing in it.
@@ -109,7 +114,7 @@ def write_speed_report(path: str | os.PathLike[str], report: SpeedReport, comman
             page,
             title=f"Speed of {', '.join(Path(item).name for item in report.paths)}",
             passed=report.passed,
-            verdict=f"Of {len(states)} rows {told}.{trust}",
+            verdict=f"{told}.{trust}",
             facts={"Where it was measured": [(name, text) for name, text in report.host.items() if text]},
             commands=[command] if command else [],
             warnings=[warning[:1].upper() + warning[1:] for warning in report.warnings],
@@ -214,6 +219,10 @@ def _labels(rows: Sequence[SpeedRow], names: Sequence[str], drawn: dict[str, Any
     for places in drawn["lines"]:
         taken += [(min(x, u), min(y, v) - 2, max(x, u), max(y, v) + 2)
                   for (x, y), (u, v) in itertools.pairwise(places)]  # fmt: skip
+    if drawn["limit"] is not None:
+        limit = drawn["limit"]
+        taken += [(drawn["left"], limit - 1, drawn["right"], limit + 1)]
+        taken += [(drawn["right"] - 28 * _LETTER, limit - 18, drawn["right"], limit)]  # its own words
     labels = []
     for name, places in sorted(zip(names, drawn["lines"], strict=True), key=lambda pair: pair[1][0][1]):
         row = next(row for row in rows if row.name == name)

@@ -427,6 +427,15 @@ def test_bad_input(bundle: Path, tmp_path: Path) -> None:
             bench(paths, **{**QUICK, **changes})
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("byol_deploy.errors.find_spec", lambda name: None if name == "jinja2" else object())
+    for place in ({"report": tmp_path / "r.html"}, {"plot": tmp_path / "p.svg"}):
+        with pytest.raises(MissingError, match="jinja2"):
+            bench([bundle], **QUICK, **place)
+
+
 def test_too_little_memory_is_told_before_the_disk_is_measured(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"total_bytes": 10**8, "available_bytes": 10**8, "limit_bytes": None}
     monkeypatch.setattr(benching_sessions, "memory", lambda: small)
