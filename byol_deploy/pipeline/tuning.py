@@ -73,6 +73,8 @@ def tune(
     again = formats.get(first.format).load(folder / first.file, RunOptions(threads=threads))
     say(f"measuring {len(runs)} candidates within {budget_s:g} s")
     found = measure_candidates(runs, budget_s=budget_s, control=_call(again, one, output))
+    if not found.candidates:
+        raise UsageError(f"no candidate could be measured: {'; '.join(found.failed.values())}")
     ranked = sorted(found.candidates, key=lambda candidate: candidate.p50_ms)
     for candidate in ranked:
         say(f"  {candidate.name}: {candidate.p50_ms:.2f} ms, {candidate.ratio or 1:.2f}x {found.candidates[0].name}")

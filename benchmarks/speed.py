@@ -1,0 +1,305 @@
+"""The tuned bundle beside PyTorch and beside what one would do otherwise: latency and fidelity, in one interleaved run.
+
+    python benchmarks/speed.py [--only NAME]... [--work runs/speed]
+
+For each encoder of encoders.SPEED: ``export --tune`` on a part of the images, then everything else on images that took
+part in nothing: neighbours and margin against PyTorch, kNN accuracy, and the latency at batch 1 and 8. The others are
+made by the tools' own defaults: plain ``torch.onnx.export``, onnxruntime's ``quantize_static`` and
+``quantize_dynamic``, NNCF's ``quantize``, ``torch.compile``. Results go to results/speed.json, from which
+results/speed.md is written; an encoder that is measured again replaces its own rows only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import encoders
+import numpy as np
+import torch
+from machine import machine
+
+from byol_deploy import Encoder, export, formats
+from byol_deploy.bench import measure_candidates
+from byol_deploy.bundle import Bundle
+from byol_deploy.cores import usable_cores
+from byol_deploy.evaluation import knn
+from byol_deploy.formats import RunOptions
+from byol_deploy.graph import EncoderGraph
+from byol_deploy.parity import as_rows, neighbour_agreement, separation_margin
+from byol_deploy.training.checkpoints import load_checkpoint
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HELD_OUT, GALLERY, CALIBRATING = 400, 800, 128
+EAGER, OURS, PLAIN = "PyTorch eager", "tuned bundle", "torch.onnx.export + ONNX Runtime"
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+def split(data: Path, work: Path) -> tuple[Path, list[Path], list[Path]]:
+    """A folder for the export, and files that take part in nothing: gallery and test, the same ones each time."""
+    files = sorted(data.rglob("*.png"))
+    order = [files[place] for place in np.random.default_rng(0).permutation(len(files))]
+    test, gallery, rest = order[:HELD_OUT], order[HELD_OUT : HELD_OUT + GALLERY], order[HELD_OUT + GALLERY :]
+    folder = work / "images"
+    if not folder.exists():
+        for path in rest:
+            link = folder / path.parent.name / path.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+    return folder, gallery, test
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)
+
+
+class Batches:
+    def __init__(self, images: np.ndarray) -> None:
+        self._batches = iter([{"images": images[start : start + 16]} for start in range(0, len(images), 16)])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._batches, None)
+
+
+def session(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: opened.run(None, {"images": images})[0]
+
+
+def others(graph: EncoderGraph, calibrating: np.ndarray, work: Path) -> dict[str, Run]:
+    """What a user would do otherwise, each by its tool's defaults."""
+    made: dict[str, Run] = {}
+    side = graph.size_px
+    plain, static, dynamic = work / "plain.onnx", work / "static.onnx", work / "dynamic.onnx"
+    example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
+
+    def plain_export() -> Run:
+        shapes = ({0: torch.export.Dim("batch")},)
+        with torch.no_grad():
+            torch.onnx.export(graph, (example,), plain, dynamo=True, input_names=["images"],
+                              output_names=["embedding"], dynamic_shapes=shapes, external_data=False)  # fmt: skip
+        return session(plain)
+
+    def ort_static() -> Run:
+        from onnxruntime.quantization import quantize_static
+
+        quantize_static(plain, static, Batches(calibrating))
+        return session(static)
+
+    def ort_dynamic() -> Run:
+        from onnxruntime.quantization import quantize_dynamic
+
+        quantize_dynamic(plain, dynamic)
+        return session(dynamic)
+
+    def nncf_default() -> Run:
+        import nncf
+        import openvino
+
+        images = nncf.Dataset([calibrating[place : place + 1] for place in range(len(calibrating))])
+        model = nncf.quantize(openvino.convert_model(plain), images)
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": usable_cores()})
+        return lambda given: np.array(compiled([given])[0])
+
+    def compiled() -> Run:
+        function = torch.compile(graph)
+
+        def run(images: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                return function(torch.from_numpy(images))[0].numpy()
+
+        run(calibrating[:1])
+        return run
+
+    for name, make in {
+        PLAIN: plain_export,
+        "torch.compile": compiled,
+        "quantize_static, defaults": ort_static,
+        "quantize_dynamic, defaults": ort_dynamic,
+        "NNCF, defaults": nncf_default,
+    }.items():
+        try:
+            with quiet():
+                run = make()
+                run(calibrating[:1])
+            made[name] = run
+        except Exception as error:  # a tool that fails by its defaults is a result
+            print(f"  {name} failed: {type(error).__name__}: {str(error)[:150]}", flush=True)
+    return made
+
+
+def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
+    began = time.perf_counter()
+    run_dir = encoders.trained(name)
+    encoder = encoders.SPEED[name]
+    data = encoders.cells() if encoder.cells else encoders.images() / "test"
+    work.mkdir(parents=True, exist_ok=True)
+    folder, gallery, test = split(data, work)
+    bundle = work / "bundle"
+    shutil.rmtree(bundle, ignore_errors=True)
+    say = (work / "export.log").open("w")
+    export(run_dir, formats=("onnx", "openvino"), precisions=("int8", "bf16"), tune_s=60, data=folder, out=bundle,
+           outputs=["embedding"], say=lambda line: print(line, file=say, flush=True))  # fmt: skip
+    say.close()
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.tuned is not None
+    print(f"  exported in {time.perf_counter() - began:.0f} s: {manifest.tuned.file}", flush=True)
+
+    loaded = load_checkpoint(run_dir)
+    assert loaded.preprocessing is not None
+    graph = EncoderGraph(loaded.model, loaded.preprocessing, ("embedding",))
+    images = {part: loaded.preprocessing.batch(paths) for part, paths in (("gallery", gallery), ("test", test))}
+    classes = sorted({path.parent.name for path in [*gallery, *test]})
+    labels = {part: np.array([classes.index(path.parent.name) for path in paths])
+              for part, paths in (("gallery", gallery), ("test", test))}  # fmt: skip
+
+    def eager(given: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return graph(torch.from_numpy(given))[0].numpy()
+
+    runs: dict[str, Run] = {EAGER: eager}
+    entries = {entry.file: entry for entry in manifest.artefacts}
+    for file, entry in entries.items():
+        opened = formats.get(entry.format).load(bundle / file, RunOptions(threads=usable_cores()))
+        runs[f"ours, {file}"] = lambda given, opened=opened: opened.compute(given, ("embedding",))["embedding"]
+    ours = Encoder(bundle)
+    runs[OURS] = lambda given: ours.run(given)["embedding"]
+    tuned = entries[manifest.tuned.file]
+    bare = formats.get(tuned.format).load(bundle / tuned.file, RunOptions(threads=manifest.tuned.threads))
+    runs["its bare session"] = native(bare)
+    runs |= others(graph, images["gallery"][:CALIBRATING], work)
+
+    fidelity: dict[str, dict[str, float | None]] = {}
+    reference: dict[str, np.ndarray] = {}
+    for label, run in runs.items():
+        if label == "its bare session":
+            continue
+        found = {part: np.concatenate([run(pixels[start : start + 32]) for start in range(0, len(pixels), 32)])
+                 for part, pixels in images.items()}  # fmt: skip
+        reference = reference or found
+        accuracy = float((knn(found["gallery"], labels["gallery"], found["test"]) == labels["test"]).mean())
+        fidelity[label] = {
+            "agreement": neighbour_agreement(reference["test"], found["test"]),
+            "margin": separation_margin(as_rows(found["test"]), as_rows(reference["test"])),
+            "knn": accuracy,
+        }
+    print(f"  fidelity known after {time.perf_counter() - began:.0f} s", flush=True)
+    timed = {}
+    for batch in (1, 8):
+        given = np.ascontiguousarray(images["test"][:batch])
+        calls = {label: (lambda run=run: run(given)) for label, run in runs.items()}
+        timed[str(batch)] = measure_candidates(calls, budget_s=budget_s, rounds=15).to_dict()
+    return {
+        "family": encoder.family,
+        "images": "ELPV solar cells" if encoder.cells else "Fashion-MNIST",
+        "size_px": graph.size_px,
+        "tuned": {"file": manifest.tuned.file, "threads": manifest.tuned.threads},
+        "bytes": {file: entry.bytes + sum(extra.bytes for extra in entry.extra_files)
+                  for file, entry in entries.items()},
+        "reduction": {file: {key: dict(entry.reduction)[key] for key in ("method", "kept", "trials")}
+                      for file, entry in entries.items() if entry.reduction},
+        "fidelity": fidelity,
+        "timed": timed,
+        "seconds": time.perf_counter() - began,
+        "machine": machine(),
+    }  # fmt: skip
+
+
+def native(opened: formats.Opened) -> Run:
+    """The engine called as its own documentation does, without our code."""
+    if hasattr(opened.session, "create_infer_request"):
+        request = opened.session.create_infer_request()
+
+        def run(images: np.ndarray) -> np.ndarray:
+            request.infer([images], share_inputs=True, share_outputs=True)
+            return request.get_output_tensor(0).data.copy()
+
+        return run
+    return lambda images: opened.session.run(["embedding"], {"images": images})[0]
+
+
+def page(found: dict[str, Any]) -> str:
+    lines = ["# Latency and fidelity of tuned bundles", ""]
+    first = next(iter(found.values()))["machine"]
+    lines += [
+        f"{first['cpu']}, {first['cores']} cores, {first['system']}; torch {first['torch']}, onnxruntime "
+        f"{first['onnxruntime']}; {first['date']}. Written by benchmarks/speed.py.",
+        "",
+        "All rows of a table are from one interleaved run in one process; a ratio is the median over the rounds of the "
+        "row's time divided by the other's in the same round. The A/A control is the first row opened as a second "
+        f"candidate. Neighbours (share of {HELD_OUT} held-out images that keep their nearest one) and margin are against "
+        f"PyTorch eager; kNN (k=20) is accuracy on the same images with {GALLERY} others as gallery. None of these "
+        "images took part in the training's export, calibration or tuning.",
+        "",
+    ]
+    for name, result in found.items():
+        lines += [f"## {name}: {result['family']}, {result['size_px']} px, {result['images']}", ""]
+        tuned = result["tuned"]
+        kept = {file: len(entry["kept"]) for file, entry in result["reduction"].items()}
+        lines += [f"Tuned to {tuned['file']} with {tuned['threads']} thread(s). Layers put back to float: "
+                  + ", ".join(f"{file}: {count}" for file, count in kept.items()) + ".", ""]  # fmt: skip
+        lines += ["| | times faster than eager, batch 1 | batch 8 | than plain ONNX Runtime, batch 1 | batch 8 | "
+                  "neighbours | margin | kNN |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        times = {batch: {row["name"]: row for row in timed["candidates"]} for batch, timed in result["timed"].items()}
+        for label in times["1"]:
+            against = [_ratio(times[batch], base, label) for base in (EAGER, PLAIN) for batch in ("1", "8")]
+            facts = result["fidelity"].get(label)
+            shown = ["", "", ""] if facts is None else [
+                f"{facts['agreement']:.1%}", f"{facts['margin']:.3f}", f"{facts['knn']:.1%}"]  # fmt: skip
+            bold = "**" if label == OURS else ""
+            lines.append("| " + " | ".join([f"{bold}{label}{bold}", *against, *shown]) + " |")
+        controls = [f"batch {batch}: {timed['control']['ratio'] - 1:+.1%}" for batch, timed in result["timed"].items()
+                    if timed["control"]]  # fmt: skip
+        over = [f"batch {batch}: {times[batch][OURS]['p50_ms'] / times[batch]['its bare session']['p50_ms'] - 1:+.1%}"
+                for batch in times if {OURS, "its bare session"} <= set(times[batch])]  # fmt: skip
+        lines += ["", f"A/A control {', '.join(controls)}. `Encoder` over its bare session: {', '.join(over)}.", ""]
+    return "\n".join(lines)
+
+
+def _ratio(times: dict[str, Any], base: str, label: str) -> str:
+    if base not in times or label not in times:
+        return "–"
+    return f"{times[base]['p50_ms'] / times[label]['p50_ms']:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", action="append", choices=encoders.SPEED)
+    parser.add_argument("--work", type=Path, default=Path(__file__).parents[1] / "runs" / "speed")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds for each batch size")
+    options = parser.parse_args()
+    store = RESULTS / "speed.json"
+    for name in options.only or encoders.SPEED:
+        print(name, flush=True)
+        result = measured(name, options.work / name, options.budget)
+        found = json.loads(store.read_text()) if store.exists() else {}
+        found[name] = result
+        store.write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "speed.md").write_text(page(found))
+
+
+if __name__ == "__main__":
+    main()
