@@ -20,10 +20,8 @@ tables in the order of a hash map whose seed is drawn.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from byol_deploy import formats
 from byol_deploy.errors import ExportError, ProviderError
 from byol_deploy.formats import Opened, RunOptions, Signature, _ort_file
 from byol_deploy.formats._sidecar import SidecarFormat
+from byol_deploy.formats._through_onnx import ThroughOnnx
 from byol_deploy.quantization import Calibration, Reducer
 
 MAX_BYTES = (1 << 31) - (1 << 24)
@@ -76,7 +75,13 @@ class _Ort(SidecarFormat):
         """See :meth:`byol_deploy.formats.Format.reducer`: the ONNX reducer's files, each converted."""
         if precision not in self.precisions[1:]:
             raise ExportError(f"there is no {precision} in this format; it has {', '.join(self.precisions)}")
-        return _Reducer(self, graph, signature, precision, calibration)
+        return ThroughOnnx(
+            graph,
+            signature,
+            precision,
+            calibration,
+            lambda source, path, carried: self.write(source, path, carried, calibration.target),
+        )
 
     def load(self, path: Path, options: RunOptions) -> Opened:
         """See :meth:`byol_deploy.formats.Format.load`. The same sessions as for ONNX, on the CPU."""
@@ -93,28 +98,6 @@ class _Ort(SidecarFormat):
     def tensors(self, path: Path) -> dict[str, np.ndarray]:
         """See :meth:`byol_deploy.formats.Format.tensors`. A weight that took up a batch norm has another name."""
         return _ort_file.tensors(path)
-
-
-class _Reducer:
-    """Converts what the ONNX reducer writes. Its float32 source is exported once and lives as long as this object."""
-
-    def __init__(
-        self, format: _Ort, graph: Any, signature: Signature, precision: str, calibration: Calibration
-    ) -> None:
-        onnx = formats.get("onnx")
-        self._format, self._target = format, calibration.target
-        self._root = Path(tempfile.mkdtemp())
-        weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
-        full = self._root / "full.onnx"
-        onnx.export(graph, signature, full, {})
-        self._inner = onnx.reducer(graph, signature, full, precision, calibration)
-        self.methods, self.layers = self._inner.methods, self._inner.layers
-
-    def write(self, path: Path, carried: Mapping[str, str], method: str, kept: Collection[str]) -> tuple[Path, ...]:
-        """See :meth:`byol_deploy.quantization.Reducer.write`."""
-        source = self._root / "reduced.onnx"
-        self._inner.write(source, {}, method, kept)
-        return self._format.write(source, path, carried, self._target)
 
 
 def _convert(source: Path, path: Path, target: str) -> None:
