@@ -15,7 +15,7 @@ import re
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -121,6 +121,7 @@ def create_session(
     optimization: str | None = None,
     *,
     allow_spinning: bool = True,
+    provider_options: Mapping[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Make a session that runs on the provider that was asked for.
 
@@ -132,6 +133,7 @@ def create_session(
         optimization: Graph optimisation: "none", "basic", "extended" or "all" (None).
         allow_spinning: Whether idle threads wait busily for the next operator. That gives the least latency, and costs
             a core's time where several processes or other work share the cores: switch it off there.
+        provider_options: Further options of the provider, e.g. ``{"enable_cuda_graph": "1"}``.
 
     Raises:
         BundleError: Not an ONNX model, damaged, or without its external data.
@@ -155,7 +157,8 @@ def create_session(
     options.graph_optimization_level = _OPTIMIZATION[optimization or "all"]
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
-    providers: list[Any] = [full] if full == CPU else [(full, {"use_tf32": "0"} if full == CUDA else {}), CPU]
+    chosen = ({"use_tf32": "0"} if full == CUDA else {}) | dict(provider_options or {})
+    providers: list[Any] = [full] if full == CPU else [(full, chosen), CPU]
     source = model if isinstance(model, bytes) else os.fspath(model)
     name = "the model" if isinstance(model, bytes) else printable(model)
     try:

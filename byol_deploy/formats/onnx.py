@@ -75,6 +75,7 @@ class _Onnx:
 
     def load(self, path: Path, options: RunOptions) -> Opened:
         """See :meth:`byol_deploy.formats.Format.load`."""
+        from byol_deploy.formats._onnx_cuda import runner
         from byol_deploy.providers import create_session
 
         session = create_session(path, options.provider, options.threads, options.optimization,
@@ -82,7 +83,7 @@ class _Onnx:
         inputs = [_port(entry) for entry in session.get_inputs()]
         if len(inputs) != 1:
             raise BundleError(f"{path} takes {len(inputs)} inputs; an encoder takes one, the images")
-        name, run = inputs[0].name, session.run
+        name, run = inputs[0].name, runner(session)
 
         outputs = tuple(map(_port, session.get_outputs()))
         every = [port.name for port in outputs]
