@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,9 @@ class _Int8:
         from onnxruntime.quantization import QuantType
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        self._folder = tempfile.TemporaryDirectory()
-        self._folded = Path(self._folder.name) / "folded.onnx"
+        self._folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folded = Path(self._folder) / "folded.onnx"
         with _quiet(), _as_export_error("preparing"):
             # Batch norm goes into the convolutions: a scale per channel then covers both.
             quant_pre_process(str(full), str(self._folded), skip_symbolic_shape=True)
@@ -96,7 +99,7 @@ class _Int8:
                 "percentile": (CalibrationMethod.Percentile, {"percentile": _PERCENTILE}),
                 "entropy": (CalibrationMethod.Entropy, {}),
             }[method]
-            with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+            with tempfile.TemporaryDirectory(dir=self._folder) as folder:
                 calibrator = create_calibrator(
                     self._folded,
                     list(_OPERATORS),
@@ -132,6 +135,7 @@ class _Half:
             made = convert_float_to_float16(
                 _load(self._full), keep_io_types=True, node_block_list=[*self._blocked, *kept]
             )
+            _join(made)
             _save(made, path, carried)
         return ()
 
@@ -175,6 +179,30 @@ def _too_large(model: Any, images: np.ndarray) -> set[str]:
             name for name, array in zip(floats, values, strict=True) if np.abs(array).max(initial=0.0) > _HALF_RANGE
         }
     return found
+
+
+def _join(model: Any) -> None:
+    """Let two neighbours that stay in float32 hand over float32: the converter rounds between them all the same."""
+    import onnx
+
+    casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
+    kinds = {name: node.attribute[0].i for name, node in casts.items()}
+    source = {}
+    for name, node in casts.items():
+        before = node.input[0]
+        if kinds[name] == onnx.TensorProto.FLOAT and kinds.get(before) == onnx.TensorProto.FLOAT16:
+            source[name] = casts[before].input[0]
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name in source:
+                node.input[place] = source[name]
+    while True:
+        used = {name for node in model.graph.node for name in node.input} | {item.name for item in model.graph.output}
+        idle = [node for node in model.graph.node if node.op_type == "Cast" and node.output[0] not in used]
+        if not idle:
+            return
+        for node in idle:
+            model.graph.node.remove(node)
 
 
 def _load(path: Path) -> Any:

@@ -39,8 +39,8 @@ class Material:
     Attributes:
         calibration: Images and target of the quantisers.
         trying: (N, H, W, 3) uint8, none of which calibrates.
-        expected: (N, D) float32, the deployed output of the trained model for them.
-        outliers: Images far from those that calibrate: awkward ones, and those of the end-to-end comparison.
+        expected: Output name to (N, D) float32, what the trained model gives for them.
+        outliers: Images far from those that calibrate: black, white, noise, as the gate has them.
         goal: What must be reached.
         timed: Whether a file for the target is timed rightly on this machine.
         described: Where the images are from, in words.
@@ -48,7 +48,7 @@ class Material:
 
     calibration: Calibration
     trying: np.ndarray
-    expected: np.ndarray
+    expected: dict[str, np.ndarray]
     outliers: Outliers
     goal: Goal
     timed: bool
@@ -109,18 +109,14 @@ def gather(
             f"{len(trying)} images are left to judge files of reduced precision by; give --data a folder with "
             f"{CALIBRATING + TRYING} or more"
         )
-    name = graph.outputs[0]
-    awkward, whole = reference.awkward, reference.end_to_end
-    limits = fidelity_limits(awkward.limits, photographs=False, agreement=False)
-    limit = limits[name]
-    assert isinstance(limit, FidelityLimit)
+    limits = fidelity_limits(reference.awkward.limits, photographs=False, agreement=False)
     odd = Outliers(
-        np.concatenate([awkward.images, whole.images]),
-        np.concatenate([awkward.expected[name], whole.expected[name]]),
-        _SLACK * limit.margin,
+        reference.awkward.images,
+        reference.awkward.expected,
+        {name: _SLACK * limit.margin for name, limit in limits.items() if isinstance(limit, FidelityLimit)},
     )
     return Material(
-        Calibration(calibrating[:CALIBRATING], resolved), trying, graph.run(trying)[name], odd, goal, timed,
+        Calibration(calibrating[:CALIBRATING], resolved), trying, graph.run(trying), odd, goal, timed,
         f"{described}; judged by {len(trying)} others",
     )  # fmt: skip
 
@@ -161,12 +157,12 @@ def reduce(
     Raises:
         ExportError: The quantiser failed.
     """
-    name = graph.outputs[0]
+    names = graph.outputs
     reducer = format.reducer(graph, signature, full, precision, material.calibration)
 
-    def open_file(file: Path) -> Callable[[np.ndarray], np.ndarray]:
+    def open_file(file: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
         opened = format.load(file, RunOptions())
-        return lambda images: opened.compute(images, (name,))[name]
+        return lambda images: opened.compute(images, names)
 
     scratch = path.with_name(f"trial{format.suffix}")
     try:

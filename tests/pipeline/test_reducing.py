@@ -1,0 +1,177 @@
+"""export --precision and --tune on a trained encoder: what is published, what is refused, what the encoder opens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from byol_deploy import Bundle, Encoder, calibration, export, verify
+from byol_deploy.errors import BundleError, DataError, MissingExtraError, ParityError, UsageError
+from byol_deploy.selftest import self_test
+
+
+@pytest.fixture(scope="module")
+def reduced(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int8 for a processor that this is not, whose time is no reason to leave it out; calibrated by the run's pick."""
+    out = tmp_path_factory.mktemp("reduced") / "bundle"
+    return export(tiny_run, precisions=["int8"], target="arm64", agreement=0.9, out=out).path
+
+
+def test_a_training_keeps_images_to_calibrate_with(tiny_run: Path) -> None:
+    images = calibration.kept(tiny_run)
+    assert images is not None
+    assert images.shape == (calibration.KEPT, 32, 32, 3)
+    assert len({image.tobytes() for image in images}) == len(images)
+
+
+def test_both_files_are_published_and_pass(reduced: Path) -> None:
+    manifest = Bundle.open(reduced).manifest
+    assert [(entry.file, entry.precision) for entry in manifest.artefacts] == [
+        ("model.onnx", "fp32"), ("model.int8.onnx", "int8")]  # fmt: skip
+    assert all(entry.parity["passed"] for entry in manifest.artefacts)
+    found = manifest.artefacts[1].reduction
+    assert found["target"] == "arm64"
+    assert found["method"] in ("minmax", "percentile", "entropy")
+    assert len(found["trials"]) >= 3
+    chosen = [trial for trial in found["trials"]
+              if (trial["method"], trial["kept"]) == (found["method"], found["kept"])]  # fmt: skip
+    assert chosen[-1]["passed"]
+    assert chosen[-1]["agreement"] >= 0.9
+    assert not list(reduced.glob("trial*"))
+    assert manifest.artefacts[0].reduction == {}
+
+
+def test_the_bundle_proves_itself_and_is_verified_against_the_checkpoint(reduced: Path, tiny_run: Path) -> None:
+    found = self_test(reduced)
+    assert found.passed, found.text()
+    assert verify(reduced, against=tiny_run).passed
+    assert self_test(reduced / "model.int8.onnx").passed, "the lone file too"
+
+
+def test_the_encoder_opens_what_is_asked_for(reduced: Path, fashion: Path) -> None:
+    images = sorted(fashion.rglob("*.png"))[:6]
+    exact, small = Encoder(reduced)(images), Encoder(reduced, precision="int8")(images)
+    assert np.array_equal(exact, Encoder(reduced, prefer="accuracy")(images))
+    difference = np.linalg.norm(small - exact) / np.linalg.norm(exact)
+    assert 1e-5 < difference < 0.3
+    with pytest.raises(BundleError, match=r"has no bf16 file that Encoder opens; it has model\.onnx \(onnx fp32\)"):
+        Encoder(reduced, precision="bf16")
+    with pytest.raises(UsageError, match="prefer is 'size'"):
+        Encoder(reduced, prefer="size")  # type: ignore[arg-type]
+
+
+def test_a_goal_out_of_reach_publishes_nothing(tiny_run: Path, tmp_path: Path, fashion: Path) -> None:
+    # Calibrated on black images alone, every activation of a photograph is cut off.
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    draw = np.random.default_rng(0)
+    for place in range(24):
+        pixels = draw.integers(0, 6, (28, 28), dtype=np.uint8)
+        Image.fromarray(pixels).save(dark / f"{place}.png")
+    said: list[str] = []
+    with pytest.raises(ParityError, match=r"model\.int8\.onnx: int8 (cannot reach the goal|is not faster here)"):
+        export(tiny_run, precisions=["int8"], calibration=dark, data=fashion, agreement=1.0, out=tmp_path / "out",
+               say=said.append)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    assert any("below the goal" in line for line in said), "the trade is shown"
+
+
+def test_calibration_that_says_nothing_is_refused(tiny_run: Path, tmp_path: Path, fashion: Path) -> None:
+    few, alike, out = tmp_path / "few", tmp_path / "alike", tmp_path / "out"
+    for folder in (few, alike):
+        folder.mkdir()
+    for place, path in enumerate(sorted(fashion.rglob("*.png"))[:5]):
+        shutil.copy(path, few / f"{place}.png")
+    for place in range(30):
+        Image.fromarray(np.full((28, 28), 90, np.uint8) + np.eye(28, k=place, dtype=np.uint8)).save(
+            alike / f"{place}.png"
+        )
+    with pytest.raises(DataError, match="holds 5 different images; calibration takes 16"):
+        export(tiny_run, precisions=["int8"], calibration=few, out=out)
+    with pytest.raises(DataError, match="are all alike"):
+        export(tiny_run, precisions=["int8"], calibration=alike, out=out)
+    lone = tmp_path / "lone.ckpt"
+    shutil.copy(tiny_run / "checkpoints" / "last.ckpt", lone)
+    with pytest.raises(DataError, match=r"no images to calibrate with.*--calibration"):
+        export(lone, precisions=["int8"], out=out)
+    assert not out.exists()
+
+
+def test_precisions_and_targets_that_do_not_exist(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no chosen format writes int4: onnx has fp32, fp16, int8"):
+        export(tiny_run, precisions=["int4"], out=tmp_path / "out")
+    with pytest.raises(UsageError, match="target 'mips' does not exist"):
+        export(tiny_run, precisions=["int8"], target="mips", out=tmp_path / "out")
+    with pytest.raises(UsageError, match="too small to decide; give 5 s or more"):
+        export(tiny_run, tune_s=0.5, out=tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_run: Path, fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("openvino")
+    out = tmp_path_factory.mktemp("tuned") / "bundle"
+    return export(tiny_run, formats=["onnx", "openvino"], precisions=["bf16"], tune_s=8, agreement=0.9, data=fashion,
+                  out=out).path  # fmt: skip
+
+
+def test_tuning_chooses_by_measurement_and_says_on_what(tuned: Path) -> None:
+    manifest = Bundle.open(tuned).manifest
+    assert manifest.tuned is not None
+    evidence = manifest.tuned.evidence
+    fastest = min(evidence["candidates"], key=lambda row: row["p50_ms"])
+    assert fastest["name"].startswith(f"{manifest.tuned.file}, {manifest.tuned.threads} thread")
+    assert evidence["control"]["tolerance"] > 0
+    assert evidence["machine"]["cores"]
+    assert len(evidence["candidates"]) >= 2 * len(manifest.artefacts) - 2
+
+
+def as_tuned(tuned: Path, target: Path, file: str, threads: int = 1) -> Path:
+    """The same bundle, with this file as what tuning chose."""
+    shutil.copytree(tuned, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["tuned"] |= {"file": file, "threads": threads}
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+def test_the_encoder_follows_the_choice_unless_told_otherwise(tuned: Path, fashion: Path, tmp_path: Path) -> None:
+    bundle = as_tuned(tuned, tmp_path / "bundle", "model.openvino.xml")
+    images = sorted(fashion.rglob("*.png"))[:4]
+    fast, exact = Encoder(bundle), Encoder(bundle, prefer="accuracy")
+    assert (fast.provider, fast.threads) == ("CPU", 1)
+    assert exact.provider == "CPUExecutionProvider"
+    assert np.allclose(fast(images), exact(images), rtol=1e-3, atol=1e-4)
+
+
+def test_an_engine_that_is_not_installed_is_no_silent_fallback(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = as_tuned(tuned, tmp_path / "bundle", "model.openvino.xml")
+    monkeypatch.setattr("byol_deploy.formats.missing_to_run", lambda format: format.runs_with[0])
+    with pytest.raises(MissingExtraError, match=r"byol-deploy\[openvino\]"):
+        Encoder(bundle)
+
+
+def test_a_choice_that_is_no_artefact_is_refused(tuned: Path, tmp_path: Path) -> None:
+    bundle = as_tuned(tuned, tmp_path / "bundle", "other.onnx")
+    with pytest.raises(BundleError, match=r"tuned\.file is 'other\.onnx'; it must be one of the artefacts"):
+        Encoder(bundle)
+
+
+def test_the_command_says_what_it_made(
+    program: Callable[..., object], tiny_run: Path, fashion: Path, tmp_path: Path
+) -> None:
+    done = program("export", tiny_run, "--precision", "int8", "--target", "arm64", "--agreement", "0.9", "--data",
+                   fashion, "--out", tmp_path / "out", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+    document = json.loads(done.stdout)  # type: ignore[attr-defined]
+    assert [entry["precision"] for entry in document["artefacts"]] == ["fp32", "int8"]
+    assert "calibration" in done.stderr  # type: ignore[attr-defined]
+    failed = program("export", tiny_run, "--precision", "int9", "--out", tmp_path / "other")
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)  # type: ignore[attr-defined]
