@@ -121,12 +121,9 @@ class Encoder:
         else:
             file, format = self.path, _format_of(self.path, shown)
         _require(format, shown)
-        self._opened = format.load(file, RunOptions(provider, threads, allow_spinning=allow_spinning))
         if file is self.path:
             self.manifest, self.golden = read_carried(format.carried(file), shown)
-        self.session = self._opened.session
         self.preprocessing = self.manifest.preprocessing
-        self.provider = self._opened.provider
         self.threads = threads or usable_cores()
         names = [output.name for output in self.manifest.outputs]
         wanted = names if outputs == "all" else names[:1] if outputs is None else outputs
@@ -135,7 +132,11 @@ class Encoder:
             raise UsageError(f"outputs is empty; choose from {', '.join(names)}")
         widths = [self.manifest.output(name).width for name in self.outputs]
         self.width = widths[0]
-        _check_graph(self._opened, self.manifest, shown)
+        # The heads may be half of the work, and few ask for them.
+        chosen = RunOptions(provider, threads, outputs=self.outputs, allow_spinning=allow_spinning)
+        self._opened = format.load(file, chosen)
+        self.session, self.provider = self._opened.session, self._opened.provider
+        _check_graph(self._opened, self.manifest, self.outputs, shown)
 
     def __repr__(self) -> str:
         """E.g. ``Encoder('bundle', timm/resnet10t, 32 px, embedding 512, cpu)``."""
@@ -309,7 +310,7 @@ def _format_of(path: Path, shown: str) -> Format:
     return formats.get("onnx")  # by its content, whatever it is called: the runtime says when it is none
 
 
-def _check_graph(opened: Opened, manifest: Manifest, shown: str) -> None:
+def _check_graph(opened: Opened, manifest: Manifest, outputs: Sequence[str], shown: str) -> None:
     """Compare the graph with its manifest: names, type of the input, widths; as far as its format declares them."""
     faults = []
     inputs = {port.name: port for port in opened.inputs}
@@ -320,7 +321,7 @@ def _check_graph(opened: Opened, manifest: Manifest, shown: str) -> None:
     elif found is not None and (found.dtype != "uint8" or not _fits(found.shape, (side, side, 3))):
         faults.append(f"its input is {_told(found)}, not uint8 (N, {side}, {side}, 3)")
     given = {port.name: port for port in opened.outputs}
-    for output in manifest.outputs if given else ():
+    for output in [manifest.output(name) for name in outputs] if given else ():
         if output.name not in given:
             faults.append(f"it has no output {output.name}")
         elif given[output.name].dtype != "float32" or not _fits(given[output.name].shape, (output.width,)):

@@ -205,9 +205,9 @@ def test_files_that_are_not_ours(whole: Path, tmp_path: Path) -> None:
         "absent.onnx": "does not exist",
         "model.pt": "TorchScript",
         "empty.onnx": "is empty",
-        "cut.onnx": "not an ONNX file, or one that was cut off",
-        "random.onnx": "not an ONNX file, or one that was cut off",
-        "text.onnx": "not an ONNX file, or one that was cut off",
+        "cut.onnx": "not an ONNX file, or is damaged",
+        "random.onnx": "not an ONNX file, or is damaged",
+        "text.onnx": "not an ONNX file, or is damaged",
         "foreign.onnx": "not a byol-deploy file",
         "folder": "not a bundle",
     }.items():
@@ -244,7 +244,14 @@ def test_a_graph_that_contradicts_its_manifest(whole: Path, tmp_path: Path) -> N
     golden = Golden(opened.golden.images, {**opened.golden.outputs, "features": np.zeros((3, 5), np.float32)})
     tiny["write_onnx"](tmp_path / "model.onnx", more.preprocessing, carry(more, golden))
     with pytest.raises(BundleError, match="has no output features"):
-        Encoder(tmp_path / "model.onnx")
+        Encoder(tmp_path / "model.onnx", outputs="all")
+
+
+def test_heads_that_nobody_asks_for_are_not_computed(whole: Path) -> None:
+    few, every = Encoder(whole), Encoder(whole, outputs="all")
+    assert [output.name for output in few.session.get_outputs()] == ["embedding"]
+    assert [output.name for output in every.session.get_outputs()] == ["embedding", "projection", "prediction"]
+    assert np.array_equal(few(picture()), every(picture()))
 
 
 # --- providers, threads, memory --------------------------------------------------------------------------------

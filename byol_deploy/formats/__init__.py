@@ -88,12 +88,14 @@ class RunOptions:
         provider: ``cpu``, ``cuda``, ``auto``, or a name that the format's runtime knows.
         threads: Number of threads; None is the runtime's default.
         optimization: Graph optimisation, one of the format's ``optimizations``; None is the runtime's default.
+        outputs: The only outputs that will be asked for, so that the others need not be computed; None is all.
         allow_spinning: Whether idle threads wait busily, where the runtime knows that choice.
     """
 
     provider: str = "cpu"
     threads: int | None = None
     optimization: str | None = None
+    outputs: tuple[str, ...] | None = None
     allow_spinning: bool = True
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from byol_deploy.manifest import is_plain_path
 
 _VARINT, _EIGHT, _BLOCK, _FOUR = 0, 1, 2, 5
 _GRAPH, _METADATA = 7, 14  # of ModelProto
+_OUTPUT = 12  # of GraphProto
 _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 # Where tensors can be, by the kind of message: field number to the kind of message inside.
 _INSIDE: Mapping[str, Mapping[int, str]] = {
@@ -96,6 +97,41 @@ def content_hash(path: Path) -> str:
         # A protobuf field never begins with a zero byte, so this cannot be mistaken for more of the model.
         digest.update(b"\0" + name.encode() + b"\0" + _external_digest(path, name))
     return f"sha256:{digest.hexdigest()}"
+
+
+def with_outputs(path: Path, names: Sequence[str]) -> bytes | None:
+    """The model with only some of its outputs, so that a runtime drops what computes the others.
+
+    ONNX Runtime computes every output of a graph, whichever are asked for.
+
+    Returns:
+        An ONNX model without its texts; None where there is nothing to leave out, or where tensors lie in a second
+        file, which cannot be found from bytes.
+
+    Raises:
+        BundleError: It is not an ONNX file, or damaged.
+    """
+    with _opened(path) as data:
+        fields = list(_top(data))
+        graph = next(field for field in fields if field.number == _GRAPH)
+        parts = list(_fields(data, graph.content, graph.stop))
+        outputs = [field for field in parts if field.number == _OUTPUT and field.wire == _BLOCK]
+        idle = {field for field in outputs if _value_name(data, field) not in names}
+        if not idle or len(idle) == len(outputs) or any(True for _ in _external(data, graph, "graph", 0)):
+            return None
+        kept = b"".join(data[field.start : field.stop] for field in parts if field not in idle)
+        rest = b"".join(
+            data[field.start : field.stop] for field in fields if field.number != _GRAPH and not _is_text(field)
+        )
+        return rest + _block(_GRAPH, kept)
+
+
+def _value_name(data: mmap.mmap, field: _Field) -> str:
+    """The name in a ValueInfoProto."""
+    for part in _fields(data, field.content, field.stop):
+        if part.number == 1 and part.wire == _BLOCK:
+            return data[part.content : part.stop].decode("utf-8", "replace")
+    return ""
 
 
 def append_texts(path: Path, added: Mapping[str, str]) -> None:

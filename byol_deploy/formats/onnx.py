@@ -78,7 +78,9 @@ class _Onnx:
         from byol_deploy.formats._onnx_cuda import runner
         from byol_deploy.providers import create_session
 
-        session = create_session(path, options.provider, options.threads, options.optimization,
+        part = None if options.outputs is None else _onnx_file.with_outputs(path, options.outputs)
+        source = path if part is None else part
+        session = create_session(source, options.provider, options.threads, options.optimization,
                                  allow_spinning=options.allow_spinning)  # fmt: skip
         inputs = [_port(entry) for entry in session.get_inputs()]
         if len(inputs) != 1:

@@ -70,6 +70,9 @@ class _OpenVino(SidecarFormat):
         note = str(model.get_rt_info([PRECISION_NOTE]).astype(str)) if model.has_rt_info([PRECISION_NOTE]) else "f32"
         if note not in ("f32", "bf16"):
             raise BundleError(f"{path.name} asks to be computed in {note[:40]!r}, which is not known; export it again")
+        if options.outputs is not None:
+            wanted = [port for port in model.outputs if port.any_name in options.outputs]
+            model = openvino.Model([port.get_node() for port in wanted] or model.get_results(), model.get_parameters())
         settings = {
             "INFERENCE_NUM_THREADS": options.threads or usable_cores(),
             "PERFORMANCE_HINT": "LATENCY",

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ class _Ort(SidecarFormat):
                 f"an .ort file is optimised for the CPU, not for {options.provider!r}; use --provider cpu, or --format "
                 "onnx"
             )
-        on_cpu = RunOptions("cpu", options.threads, options.optimization, options.allow_spinning)
-        return formats.get("onnx").load(path, on_cpu)
+        return formats.get("onnx").load(path, replace(options, provider="cpu", outputs=None))
 
     def tensors(self, path: Path) -> dict[str, np.ndarray]:
         """See :meth:`byol_deploy.formats.Format.tensors`. A weight that took up a batch norm has another name."""
