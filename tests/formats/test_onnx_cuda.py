@@ -6,6 +6,8 @@ What only a GPU shows is in tests/gpu/test_gpu_formats.py.
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,15 @@ def test_the_cpu_keeps_session_run(session: Any, file: Path) -> None:
     assert formats.get("onnx").load(file, RunOptions()).provider == "CPUExecutionProvider"
     with pytest.raises(ProviderError, match="provider cuda does not work here"):
         open_captured(file)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_benchmark_measures_nothing_without_a_gpu(tmp_path: Path) -> None:
+    script, out = Path(__file__).parents[2] / "benchmarks" / "gpu.py", tmp_path / "gpu.md"
+    done = subprocess.run([sys.executable, str(script), "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no NVIDIA GPU that PyTorch can use here: nothing was measured, and nothing written" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gpu_gets_bound_buffers(session: Any) -> None:
