@@ -27,6 +27,11 @@ def exported(graph: Any, signature: Signature, *, named: bool = False, max_batch
     Raises:
         ExportError: PyTorch cannot, or not for every batch size.
     """
+    return re_exported(_giving_names(graph, signature.outputs) if named else graph, signature, max_batch=max_batch)
+
+
+def re_exported(graph: Any, signature: Signature, *, max_batch: int | None = None) -> Any:
+    """A module as it is, e.g. one that was made from such a program, as :func:`exported` gives it."""
     import torch
 
     size = signature.size_px
@@ -34,9 +39,7 @@ def exported(graph: Any, signature: Signature, *, named: bool = False, max_batch
     batch = torch.export.Dim("batch", min=1, max=max_batch)
     try:
         with quiet("torch.export", "torch._dynamo", "torch.fx"), torch.no_grad():
-            program = torch.export.export(
-                _giving_names(graph, signature.outputs) if named else graph, (example,), dynamic_shapes=({0: batch},)
-            )
+            program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:
         # Whatever tracing raises on a stranger's module is that module's trouble, not a bug here.
         raise ExportError(f"torch.export of PyTorch {torch.__version__} failed: {first_line(error)}") from error
