@@ -104,6 +104,10 @@ class _Pt2:
 
         return Opened(compute, tuple(outputs), tuple(filter(None, inputs)), "cpu", module)
 
+    def runs_here(self) -> str:
+        """See :meth:`byol_deploy.formats.Format.runs_here`."""
+        return ""
+
     def providers(self) -> tuple[str, ...]:
         """See :meth:`byol_deploy.formats.Format.providers`."""
         return ("cpu",)

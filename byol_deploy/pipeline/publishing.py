@@ -170,6 +170,7 @@ def export(
             if cannot:
                 say(f"{path.name}: not run here: {cannot}")
                 proof = prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
+                failures.extend(f"{path.name}: {failure}" for failure in proof.faults)
                 note = {**ParityReport(()).to_dict(), "not_run": cannot}
                 artefacts.append(_artefact(path, further, format, precision, note, reference, proof, trade))
                 return
@@ -189,7 +190,7 @@ def export(
             try:
                 further = format.export(graph, signature, path, carried)
                 finish(path, format, "fp32", further, None)
-                for precision in precisions_of(format, precisions):
+                for precision in precisions_of(format, precisions) if not format.runs_here() else ():
                     assert material is not None
                     reduced = folder / f"model.{precision}{format.suffix}"
                     say(f"searching for {reduced.name}")

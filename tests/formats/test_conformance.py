@@ -76,6 +76,8 @@ def test_the_object_is_complete() -> None:
 @pytest.mark.parametrize("batch", [1, 2, 7, 16])
 def test_parity_at_every_batch_size(written: tuple[Any, Path], graph: EncoderGraph, batch: int) -> None:
     format, path = written
+    if format.runs_here():
+        pytest.skip(format.runs_here())
     pixels = images(batch)
     expected = graph.run(pixels)
     actual = named(format.load(path, RunOptions())(pixels), graph)
@@ -101,6 +103,8 @@ class PaddedPool(torch.nn.Module):
 @pytest.mark.parametrize("name", INSTALLED)
 def test_zeros_around_a_pool_of_negative_values_stay_zeros(name: str, tmp_path: Path) -> None:
     format = formats.get(name)
+    if format.runs_here():
+        pytest.skip(format.runs_here())
     path = tmp_path / f"model{format.suffix}"
     format.export(PaddedPool().eval(), Signature(SIZE, ("embedding",)), path, {})
     for level in (None, *format.optimizations):
@@ -110,6 +114,8 @@ def test_zeros_around_a_pool_of_negative_values_stay_zeros(name: str, tmp_path: 
 
 def test_read_only_and_strided_images_are_taken(written: tuple[Any, Path], graph: EncoderGraph) -> None:
     format, path = written
+    if format.runs_here():
+        pytest.skip(format.runs_here())
     pixels = images(4)[::2, :, ::-1]
     pixels.flags.writeable = False
     actual = named(format.load(path, RunOptions(threads=1))(pixels), graph)

@@ -91,6 +91,8 @@ def is_caught(format: Any, path: Path) -> bool:
 def test_a_sealed_file_passes_its_self_test(lone: tuple[Any, Path]) -> None:
     format, path = lone
     assert not is_caught(format, path)
+    if format.runs_here():
+        pytest.skip(format.runs_here())
     found = self_test(path, threads=1)
     assert found.passed, found.text()
     assert found.content == "passed"
@@ -112,7 +114,11 @@ def changed_bytes_that_pass(format: Any, path: Path, file: Path) -> list[int]:
     whole = file.read_bytes()
     draw = np.random.default_rng(0)
     # All over the file, and close together where the texts, their keys and the containers' bookkeeping lie.
-    places = {*draw.integers(0, len(whole), 400).tolist(), *range(0, 200, 3), *range(len(whole) - 400, len(whole), 3)}
+    places = {
+        *draw.integers(0, len(whole), 400).tolist(),
+        *range(0, min(200, len(whole)), 3),
+        *range(max(len(whole) - 400, 0), len(whole), 3),
+    }
     for key in format.carried(path):
         at = whole.find(key.encode())
         places |= set(range(max(at - 45, 0), at + len(key) + 8))
@@ -151,6 +157,9 @@ def test_the_model_of_another_file_under_this_files_texts_is_caught(
         twin.conv[0, 0, 0, 0] += 1e-6
     stale = tmp_path / f"stale{format.suffix}"
     format.export(twin, Signature(16, tuple(tiny["WIDTHS"])), stale, format.carried(path))
+    assert check_content(stale, format, "fp32")[0] == "failed"
+    if format.runs_here():
+        pytest.skip(format.runs_here())
     found = self_test(stale, threads=1)
     assert found.report.passed, "the numbers alone cannot tell"
     assert found.content == "failed"
