@@ -177,6 +177,11 @@ def export(
             say(f"comparing {path.name}, as written, with PyTorch")
             found, proof = _prove(path, format, graph, loaded, reference, precision)
             report = found.report.with_warnings(reference.warnings)
+            if tuning and format is not chosen[0] and not (report.passed and proof.passed):
+                say(f"left out: {path.name}: {few([*proof.faults, *report.failures], 2)}")
+                for item in (path, *further):
+                    item.unlink()
+                return
             drift = drift_of(path, format, graph, reference, broken=not report.passed, precision=precision)
             evidence[path.name] = file_evidence(reference, found.crowd, drift)
             artefacts.append(_artefact(path, further, format, precision, report.to_dict(), reference, proof, trade))
