@@ -209,7 +209,6 @@ def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
     print(f"  fidelity known after {time.perf_counter() - began:.0f} s", flush=True)
     timed = {}
     for batch in (1, 8):
-    for batch in (1, 8):
         given = np.ascontiguousarray(images["test"][:batch])
         # At batch 8 only what the ratios need: a round of all rows takes too long to repeat often.
         few = [label for label in runs if batch == 1 or label in (EAGER, OURS, "its bare session", PLAIN)]
