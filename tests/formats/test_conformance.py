@@ -202,7 +202,7 @@ def test_a_missing_package_names_its_extra(name: str, monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_format_is_named_with_what_there_is() -> None:
-    with pytest.raises(UsageError, match=r"did you mean onnx\?.*onnx, torchscript"):
+    with pytest.raises(UsageError, match=r"did you mean onnx\?.*onnx, openvino"):
         formats.get("onxx")
 
 
