@@ -40,7 +40,7 @@ from byol_deploy.parity import as_rows, neighbour_agreement, separation_margin
 from byol_deploy.training.checkpoints import load_checkpoint
 
 RESULTS = Path(__file__).resolve().parent / "results"
-HELD_OUT, GALLERY, CALIBRATING = 400, 800, 128
+HELD_OUT, GALLERY, CALIBRATING = 400, 400, 128
 EAGER, OURS, PLAIN = "PyTorch eager", "tuned bundle", "torch.onnx.export + ONNX Runtime"
 
 Run = Callable[[np.ndarray], np.ndarray]
