@@ -12,37 +12,29 @@ read by :mod:`byol_deploy.formats._pt2_check` first, and refused where they hold
 
 from __future__ import annotations
 
-import contextlib
 import io
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from byol_deploy.errors import BundleError, ExportError, ProviderError
+from byol_deploy.errors import BundleError, ExportError
 from byol_deploy.formats import Opened, Port, RunOptions, Signature, _pt2_check, _torchscript_file
-from byol_deploy.formats._layers import Call, LayeredFile
+from byol_deploy.formats._torch_archive import ArchiveFormat
 from byol_deploy.formats._torch_program import exported, first_line, quiet, threads
 from byol_deploy.images import printable
-from byol_deploy.quantization import Calibration, Reducer
 
 # Of a node: what its arguments are, and which module it belongs to. The rest names lines of the builder's sources.
 _KEPT = frozenset({"val", "tensor_meta", "nn_module_stack"})
 
 
-class _Pt2:
+class _Pt2(ArchiveFormat):
     name = "pt2"
+    kind = "a torch.export file"
     suffix = ".pt2"
-    extra = "train"
-    requires = ("torch",)
-    runs_with = ("torch",)
-    opens_in_encoder = False
-    precisions = ("fp32",)
     keeps_tensors = True
-    shows_layers = False
-    optimizations: tuple[str, ...] = ()
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
@@ -67,19 +59,12 @@ class _Pt2:
             raise ExportError(f"this graph cannot be a safe {self.suffix} file: {error}") from error
         return ()
 
-    def reducer(
-        self, graph: Any, signature: Signature, full: Path, precision: str, calibration: Calibration
-    ) -> Reducer:
-        """See :meth:`byol_deploy.formats.Format.reducer`."""
-        raise ExportError(f"there is no {precision} in the format {self.name}; it has {', '.join(self.precisions)}")
-
     def load(self, path: Path, options: RunOptions) -> Opened:
         """See :meth:`byol_deploy.formats.Format.load`.
 
         ``options.threads`` holds while the file runs; PyTorch has one number for the whole process.
         """
-        if options.provider.lower() not in ("cpu", "auto"):
-            raise ProviderError(f"{self.suffix} files are run on cpu here, not on {options.provider!r}; use cpu")
+        self.check_provider(options)
         import torch
 
         program = _open(path)
@@ -104,14 +89,6 @@ class _Pt2:
 
         return Opened(compute, tuple(outputs), tuple(filter(None, inputs)), "cpu", module)
 
-    def runs_here(self) -> str:
-        """See :meth:`byol_deploy.formats.Format.runs_here`."""
-        return ""
-
-    def providers(self) -> tuple[str, ...]:
-        """See :meth:`byol_deploy.formats.Format.providers`."""
-        return ("cpu",)
-
     def tensors(self, path: Path) -> dict[str, np.ndarray]:
         """See :meth:`byol_deploy.formats.Format.tensors`. Parameters, buffers and constants."""
         import torch
@@ -122,40 +99,6 @@ class _Pt2:
             name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
             for name, tensor in held.items()
         }
-
-    def carried(self, path: Path) -> dict[str, str]:
-        """See :meth:`byol_deploy.formats.Format.carried`. The file is a zip archive: PyTorch is not needed."""
-        with _ours():
-            return _torchscript_file.texts(path)
-
-    def layers(
-        self, path: Path, options: RunOptions, calls: Sequence[Call], slots: Sequence[np.ndarray], images: np.ndarray
-    ) -> LayeredFile:
-        """See :meth:`byol_deploy.formats.Format.layers`.
-
-        Raises:
-            BundleError: Always: this format does not show its layers.
-        """
-        raise BundleError(f"{path.name}: the format {self.name} does not show its layers; explain the ONNX file")
-
-    def content_hash(self, path: Path) -> str:
-        """See :meth:`byol_deploy.formats.Format.content_hash`. PyTorch is not needed."""
-        with _ours():
-            return _torchscript_file.content_hash(path)
-
-    def seal(self, path: Path, texts: Mapping[str, str]) -> None:
-        """See :meth:`byol_deploy.formats.Format.seal`."""
-        with _ours():
-            _torchscript_file.add_texts(path, texts)
-
-
-@contextlib.contextmanager
-def _ours() -> Iterator[None]:
-    """PyTorch lays out both kinds of archive alike, so both are read by one module; messages say which kind it is."""
-    try:
-        yield
-    except BundleError as error:
-        raise BundleError(str(error).replace("a TorchScript file", "a torch.export file")) from error
 
 
 def _open(path: Path) -> Any:
