@@ -200,14 +200,16 @@ class _Session:
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime
 
-        if portable_lib._threadpool_get_thread_count() != self._threads:
-            portable_lib._unsafe_reset_threadpool(self._threads)
-            _Session._pools += 1
-        if self._pool != _Session._pools:
-            # Replaced as a whole: a method does not keep the bytes alive that it reads, its program does.
-            self._loaded = Runtime.get().load_program(self._content)
-            self._loaded.load_method(_FORWARD)
-            self._pool = _Session._pools
+        other = portable_lib._threadpool_get_thread_count() != self._threads
+        if other or self._pool != _Session._pools:
+            with silent():
+                if other:
+                    portable_lib._unsafe_reset_threadpool(self._threads)
+                    _Session._pools += 1
+                # Replaced as a whole: a method does not keep the bytes alive that it reads, its program does.
+                self._loaded = Runtime.get().load_program(self._content)
+                self._loaded.load_method(_FORWARD)
+                self._pool = _Session._pools
         return self._loaded
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -111,7 +111,9 @@ def test_equal_graphs_give_equal_bytes(path: Path, encoder: Encoder, tmp_path: P
     assert (tmp_path / "again.pte").read_bytes() == path.read_bytes()
 
 
-def test_sessions_of_unequal_threads_take_turns(path: Path, encoder: Encoder) -> None:
+def test_sessions_of_unequal_threads_take_turns(
+    path: Path, encoder: Encoder, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The pool of threads is made anew under methods that are loaded: a method that kept the old one would crash."""
     sessions = [formats.get("executorch").load(path, RunOptions(threads=number)) for number in (1, 2, 1, 3)]
     pixels = images(9)
@@ -119,6 +121,7 @@ def test_sessions_of_unequal_threads_take_turns(path: Path, encoder: Encoder) ->
     for _ in range(3):
         for session in sessions:
             assert np.allclose(session(pixels)["embedding"], wanted, rtol=1e-4, atol=1e-5)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_callers_in_several_threads_get_their_own_values(path: Path, encoder: Encoder) -> None:
