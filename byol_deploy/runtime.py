@@ -136,7 +136,7 @@ class Encoder:
         chosen = RunOptions(provider, threads, outputs=self.outputs, allow_spinning=allow_spinning)
         self._opened = format.load(file, chosen)
         self.session, self.provider = self._opened.session, self._opened.provider
-        _check_graph(self._opened, self.manifest, self.outputs, shown)
+        _check_graph(self._opened, self.manifest, shown)
 
     def __repr__(self) -> str:
         """E.g. ``Encoder('bundle', timm/resnet10t, 32 px, embedding 512, cpu)``."""
@@ -310,7 +310,7 @@ def _format_of(path: Path, shown: str) -> Format:
     return formats.get("onnx")  # by its content, whatever it is called: the runtime says when it is none
 
 
-def _check_graph(opened: Opened, manifest: Manifest, outputs: Sequence[str], shown: str) -> None:
+def _check_graph(opened: Opened, manifest: Manifest, shown: str) -> None:
     """Compare the graph with its manifest: names, type of the input, widths; as far as its format declares them."""
     faults = []
     inputs = {port.name: port for port in opened.inputs}
@@ -321,7 +321,7 @@ def _check_graph(opened: Opened, manifest: Manifest, outputs: Sequence[str], sho
     elif found is not None and (found.dtype != "uint8" or not _fits(found.shape, (side, side, 3))):
         faults.append(f"its input is {_told(found)}, not uint8 (N, {side}, {side}, 3)")
     given = {port.name: port for port in opened.outputs}
-    for output in [manifest.output(name) for name in outputs] if given else ():
+    for output in manifest.outputs if given else ():
         if output.name not in given:
             faults.append(f"it has no output {output.name}")
         elif given[output.name].dtype != "float32" or not _fits(given[output.name].shape, (output.width,)):

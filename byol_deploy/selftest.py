@@ -293,7 +293,7 @@ def _choose(bundle: Bundle) -> tuple[Path, Format]:
         raise BundleError(f"{printable(bundle.path)} holds only formats that this version does not know: {there}")
     found.sort(
         key=lambda item: (
-            bool(formats.missing_to_run(item[1])),
+            bool(formats.missing_to_run(item[1]) or item[1].runs_here()),
             not item[1].opens_in_encoder,
             item[0].precision != _FULL_PRECISION,
         )

@@ -93,7 +93,7 @@ def export(
             item.file,
             item.format,
             item.precision,
-            f"{item.bytes:,}",
+            f"{item.bytes + sum(extra.bytes for extra in item.extra_files):,}",
             "not run here" if "not_run" in item.parity else "PASS" if item.parity["passed"] else "FAIL",
         )
         for item in manifest.artefacts

@@ -244,7 +244,7 @@ def test_a_graph_that_contradicts_its_manifest(whole: Path, tmp_path: Path) -> N
     golden = Golden(opened.golden.images, {**opened.golden.outputs, "features": np.zeros((3, 5), np.float32)})
     tiny["write_onnx"](tmp_path / "model.onnx", more.preprocessing, carry(more, golden))
     with pytest.raises(BundleError, match="has no output features"):
-        Encoder(tmp_path / "model.onnx", outputs="all")
+        Encoder(tmp_path / "model.onnx")
 
 
 def test_heads_that_nobody_asks_for_are_not_computed(whole: Path) -> None:

@@ -48,7 +48,8 @@ class Opened:
 
     Attributes:
         compute: Images, and names of outputs or None for all, to arrays by name.
-        outputs: What it gives, in order; empty where the format does not declare it.
+        outputs: What the file gives, in order, also what ``RunOptions.outputs`` leaves out; empty where the format does
+            not declare it.
         inputs: What it takes; empty where the format does not declare it.
         provider: Where it runs, in the runtime's own words, e.g. "CPUExecutionProvider".
         session: The runtime's own object, for those who need it.

@@ -99,6 +99,25 @@ def content_hash(path: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+class Output(NamedTuple):
+    """An output as a file declares it: its type by the number in TensorProto.DataType; sizes, None where open."""
+
+    name: str
+    type: int
+    shape: tuple[int | None, ...]
+
+
+def outputs(path: Path) -> tuple[Output, ...]:
+    """What a graph gives, in order.
+
+    Raises:
+        BundleError: It is not an ONNX file, or damaged.
+    """
+    with _opened(path) as data:
+        graph = next(field for field in _top(data) if field.number == _GRAPH)
+        return tuple(_output(data, field) for field in _inside(data, graph, _OUTPUT))
+
+
 def with_outputs(path: Path, names: Sequence[str]) -> bytes | None:
     """The model with only some of its outputs, so that a runtime drops what computes the others.
 
@@ -114,24 +133,40 @@ def with_outputs(path: Path, names: Sequence[str]) -> bytes | None:
     with _opened(path) as data:
         fields = list(_top(data))
         graph = next(field for field in fields if field.number == _GRAPH)
-        parts = list(_fields(data, graph.content, graph.stop))
-        outputs = [field for field in parts if field.number == _OUTPUT and field.wire == _BLOCK]
-        idle = {field for field in outputs if _value_name(data, field) not in names}
-        if not idle or len(idle) == len(outputs) or any(True for _ in _external(data, graph, "graph", 0)):
+        given = _inside(data, graph, _OUTPUT)
+        idle = {field.start for field in given if _output(data, field).name not in names}
+        if not idle or len(idle) == len(given) or any(True for _ in _external(data, graph, "graph", 1)):
             return None
-        kept = b"".join(data[field.start : field.stop] for field in parts if field not in idle)
+        parts = _fields(data, graph.content, graph.stop)
+        kept = b"".join(data[field.start : field.stop] for field in parts if field.start not in idle)
         rest = b"".join(
             data[field.start : field.stop] for field in fields if field.number != _GRAPH and not _is_text(field)
         )
         return rest + _block(_GRAPH, kept)
 
 
-def _value_name(data: mmap.mmap, field: _Field) -> str:
-    """The name in a ValueInfoProto."""
-    for part in _fields(data, field.content, field.stop):
-        if part.number == 1 and part.wire == _BLOCK:
-            return data[part.content : part.stop].decode("utf-8", "replace")
-    return ""
+def _inside(data: mmap.mmap, field: _Field, number: int) -> list[_Field]:
+    """The messages of one number in a message."""
+    parts = _fields(data, field.content, field.stop)
+    return [part for part in parts if part.number == number and part.wire == _BLOCK]
+
+
+def _output(data: mmap.mmap, field: _Field) -> Output:
+    """A ValueInfoProto: name 1, type 2; in the type tensor_type 1 with elem_type 1 and shape 2; dim 1, dim_value 1."""
+    name = next((data[part.content : part.stop] for part in _inside(data, field, 1)), b"").decode("utf-8", "replace")
+    kind = 0
+    shape: tuple[int | None, ...] = ()
+    for tensor in [part for declared in _inside(data, field, 2) for part in _inside(data, declared, 1)]:
+        kind = next((value for value in _numbers(data, tensor, 1)), 0)
+        sizes = [size for part in _inside(data, tensor, 2) for size in _inside(data, part, 1)]
+        shape = tuple(next(iter(_numbers(data, size, 1)), None) for size in sizes)
+    return Output(name, kind, shape)
+
+
+def _numbers(data: mmap.mmap, field: _Field, number: int) -> list[int]:
+    parts = _fields(data, field.content, field.stop)
+    return [_varint(data, part.content, part.stop)[0] for part in parts
+            if part.number == number and part.wire == _VARINT]  # fmt: skip
 
 
 def append_texts(path: Path, added: Mapping[str, str]) -> None:

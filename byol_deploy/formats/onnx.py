@@ -87,8 +87,8 @@ class _Onnx:
             raise BundleError(f"{path} takes {len(inputs)} inputs; an encoder takes one, the images")
         name, run = inputs[0].name, runner(session)
 
-        outputs = tuple(map(_port, session.get_outputs()))
-        every = [port.name for port in outputs]
+        every = [str(entry.name) for entry in session.get_outputs()]
+        outputs = tuple(map(_port, session.get_outputs())) if part is None else _declared(path)
 
         def compute(images: np.ndarray, names: Sequence[str] | None) -> dict[str, np.ndarray]:
             wanted = every if names is None else names
@@ -147,6 +147,15 @@ class _Onnx:
     def seal(self, path: Path, texts: Mapping[str, str]) -> None:
         """See :meth:`byol_deploy.formats.Format.seal`. Texts are appended; what lies before them stays."""
         _onnx_file.append_texts(path, texts)
+
+
+def _declared(path: Path) -> tuple[Port, ...]:
+    """The outputs of a file of which a session sees only some."""
+    kinds = {1: "float32", 2: "uint8", 10: "float16", 11: "float64"}
+    return tuple(
+        Port(output.name, kinds.get(output.type, f"type {output.type}"), output.shape)
+        for output in _onnx_file.outputs(path)
+    )
 
 
 def _port(declared: Any) -> Port:

@@ -70,6 +70,7 @@ class _OpenVino(SidecarFormat):
         note = str(model.get_rt_info([PRECISION_NOTE]).astype(str)) if model.has_rt_info([PRECISION_NOTE]) else "f32"
         if note not in ("f32", "bf16"):
             raise BundleError(f"{path.name} asks to be computed in {note[:40]!r}, which is not known; export it again")
+        declared = tuple(map(_port, model.outputs))
         if options.outputs is not None:
             wanted = [port for port in model.outputs if port.any_name in options.outputs]
             model = openvino.Model([port.get_node() for port in wanted] or model.get_results(), model.get_parameters())
@@ -97,7 +98,7 @@ class _OpenVino(SidecarFormat):
             # Copied, because the next call writes into the same memory.
             return {name: request.get_tensor(ports[name]).data.copy() for name in (ports if names is None else names)}
 
-        return Opened(compute, tuple(map(_port, ports.values())), (_port(source),), "CPU", compiled)
+        return Opened(compute, declared, (_port(source),), "CPU", compiled)
 
 
 def converted(source: Path) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from byol_deploy import __version__
 from byol_deploy import formats as known_formats
@@ -20,7 +20,6 @@ from byol_deploy.bundle import (
     GOLDEN_FILE,
     Artefact,
     Bundle,
-    ExtraFile,
     GoldenFile,
     InputContract,
     Manifest,
@@ -29,22 +28,19 @@ from byol_deploy.bundle import (
     carry,
     golden_to_bytes,
     publish,
-    seal_artefact,
-    sha256_file,
 )
 from byol_deploy.errors import ExportError, OutputError, ParityError, UsageError
-from byol_deploy.formats import Format, RunOptions, Signature
-from byol_deploy.host import describe_host
+from byol_deploy.formats import Format, Signature
 from byol_deploy.images import printable
-from byol_deploy.parity import Limit, ParityReport
-from byol_deploy.pipeline.proof import BranchProof, FileComparison, compare_file, few, momentum_tensors, prove_branch
-from byol_deploy.pipeline.reducing import check_precisions, gather, precisions_of, reduce
+from byol_deploy.parity import Limit
+from byol_deploy.pipeline.proof import few
+from byol_deploy.pipeline.reducing import check_precisions, gather, precisions_of
 from byol_deploy.pipeline.reference import Reference, build_reference, choose_golden
-from byol_deploy.pipeline.showing import drift_of, file_evidence
 from byol_deploy.pipeline.tuning import LEAST_BUDGET_S, candidates, tune
+from byol_deploy.pipeline.writing import Writer
 from byol_deploy.preprocess import Preprocessing
-from byol_deploy.quantization import Goal, Trade
-from byol_deploy.report import FileEvidence, write_bundle_report
+from byol_deploy.quantization import Goal
+from byol_deploy.report import write_bundle_report
 from byol_deploy.runtime import usable_cores
 
 if TYPE_CHECKING:
@@ -143,9 +139,14 @@ def export(
         manifest = describe_export(loaded, graph, preprocessing, reference, limits, label)
         carried = carry(manifest, golden, sealed=True)
         signature = _signature(graph, opset)
-        artefacts: list[Artefact] = []
-        failures: list[str] = []
-        evidence: dict[str, FileEvidence] = {}
+        noted = {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cores": usable_cores(),
+            "images": reference.described,
+            **_versions(),
+        }
+        writer = Writer(folder, graph, loaded, reference, signature, carried, noted, say)
         material = None
         if any(precisions_of(format, precisions) for format in chosen):
             material = gather(
@@ -161,75 +162,33 @@ def export(
             say(f"calibrating for {material.calibration.target} on {len(material.calibration.images)} of "
                 f"{material.described}")  # fmt: skip
 
-        def finish(path: Path, format: Format, precision: str, further: tuple[Path, ...], trade: Trade | None) -> None:
-            """Seal, compare, note: the last things that are done to a file."""
-            host = describe_host(runtime=format.runs_with[0])
-            # The last thing that is done to a file: what is compared and published is what lies there now.
-            seal_artefact(path, format, precision, host, tuple(item.name for item in further))
-            cannot = format.runs_here()
-            if cannot:
-                say(f"{path.name}: not run here: {cannot}")
-                proof = prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded))
-                failures.extend(f"{path.name}: {failure}" for failure in proof.faults)
-                note = {**ParityReport(()).to_dict(), "not_run": cannot}
-                artefacts.append(_artefact(path, further, format, precision, note, reference, proof, trade))
-                return
-            say(f"comparing {path.name}, as written, with PyTorch")
-            found, proof = _prove(path, format, graph, loaded, reference, precision)
-            report = found.report.with_warnings(reference.warnings)
-            if tuning and format is not chosen[0] and not (report.passed and proof.passed):
-                say(f"left out: {path.name}: {few([*proof.faults, *report.failures], 2)}")
-                for item in (path, *further):
-                    item.unlink()
-                return
-            drift = drift_of(path, format, graph, reference, broken=not report.passed, precision=precision)
-            evidence[path.name] = file_evidence(reference, found.crowd, drift)
-            artefacts.append(_artefact(path, further, format, precision, report.to_dict(), reference, proof, trade))
-            say(f"{path.name}: {'PASS' if report.passed and proof.passed else 'FAIL'}\n{report.table()}\n{proof}")
-            failures.extend(f"{path.name}: {failure}" for failure in proof.faults)
-            failures.extend(report.failures if not report.passed else [])
-
         for format in chosen:
-            path = folder / f"model{format.suffix}"
-            say(f"writing {path.name}")
+            # Tuning chooses among what passes; only the float32 file of the first format must be there.
+            optional = tuning and format is not chosen[0]
             try:
-                further = format.export(graph, signature, path, carried)
-                finish(path, format, "fp32", further, None)
-                for precision in precisions_of(format, precisions) if not format.runs_here() else ():
-                    assert material is not None
-                    reduced = folder / f"model.{precision}{format.suffix}"
-                    say(f"searching for {reduced.name}")
-                    trade, further = reduce(format, graph, signature, path, reduced, precision, material, carried, say)
-                    say(trade.table())
-                    if trade.chosen is not None:
-                        finish(reduced, format, precision, further, trade)
-                    elif tuning:
-                        say(f"left out: {trade.reason}")
-                    else:
-                        failures.append(f"{reduced.name}: {trade.reason}")
+                full = writer.full(format, optional=optional)
+                for precision in precisions_of(format, precisions) if full else ():
+                    assert full is not None and material is not None  # noqa: PT018
+                    writer.reduced(format, full, precision, material, optional=tuning)
             except ExportError as error:
-                if tuning and format.name != "onnx":
-                    say(f"left out: {format.name}: {error}")
-                    _remove(folder, path)
-                    continue
                 raise ExportError(f"{label} cannot be exported to {format.name}: {error}") from error
-        if failures:
+        if writer.failures:
             kept = ""
             if keep_failed is not None:
-                _keep(folder, Path(keep_failed), artefacts)
+                _keep(folder, Path(keep_failed), writer.artefacts)
                 kept = f" The files are in {printable(keep_failed)}."
             raise ParityError(
                 f"nothing was published: what was written differs from the trained model, or is not what was asked "
-                f"for. {few(failures, 6)}.{kept}"
+                f"for. {few(writer.failures, 6)}.{kept}"
             )
         packed = golden_to_bytes(golden)
         (folder / GOLDEN_FILE).write_bytes(packed)
         entry = GoldenFile(GOLDEN_FILE, hashlib.sha256(packed).hexdigest(), len(golden.images))
         tuned = None
         if tune_s is not None:
-            tuned = tune(folder, artefacts, reference.real.images, graph.outputs[0], budget_s=tune_s, say=say)
-        replace(manifest, golden=entry, artefacts=tuple(artefacts), tuned=tuned).save(folder)
-        write_bundle_report(folder, evidence)
+            tuned = tune(folder, writer.artefacts, reference.real.images, graph.outputs[0], budget_s=tune_s, say=say)
+        replace(manifest, golden=entry, artefacts=tuple(writer.artefacts), tuned=tuned).save(folder)
+        write_bundle_report(folder, writer.evidence)
     say(f"published {printable(place)}")
     return Bundle.open(place)
 
@@ -278,14 +237,6 @@ def _backbone_name(loaded: LoadedCheckpoint) -> str:
     return loaded.recipe.model.backbone if loaded.recipe else type(loaded.model.backbone).__name__
 
 
-def _prove(
-    path: Path, format: Format, graph: EncoderGraph, loaded: LoadedCheckpoint, reference: Reference, precision: str
-) -> tuple[FileComparison, BranchProof]:
-    found = compare_file(path, format, reference, RunOptions(), precision=precision)
-    proof = prove_branch(format.tensors(path), graph.tensors(), momentum_tensors(loaded), precision=precision)
-    return found, proof
-
-
 def describe_export(
     loaded: LoadedCheckpoint,
     graph: EncoderGraph,
@@ -318,45 +269,9 @@ def describe_export(
     )
 
 
-def _artefact(
-    path: Path,
-    further: Iterable[Path],
-    format: Format,
-    precision: str,
-    parity: Mapping[str, Any],
-    reference: Reference,
-    proof: BranchProof,
-    trade: Trade | None,
-) -> Artefact:
-    return Artefact(
-        file=path.name,
-        format=format.name,
-        precision=precision,
-        sha256=sha256_file(path),
-        bytes=path.stat().st_size,
-        extra_files=tuple(ExtraFile(item.name, sha256_file(item), item.stat().st_size) for item in further),
-        parity=parity,
-        reduction=trade.to_dict() if trade else {},
-        host={
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "cores": usable_cores(),
-            "images": reference.described,
-            "tensors": str(proof),
-            **_versions(),
-        },
-    )
-
-
 def _run_of(checkpoint: Path) -> Path | None:
     """The run directory that a checkpoint lies in."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-
-
-def _remove(folder: Path, path: Path) -> None:
-    """Take away what a format wrote before it failed."""
-    for item in folder.glob(f"{path.name.split('.')[0]}*{''.join(path.suffixes[:1])}*"):
-        item.unlink()
 
 
 def _versions() -> dict[str, str]:
