@@ -13,12 +13,8 @@ results/speed.md is written; an encoder that is measured again replaces its own 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +31,7 @@ from byol_deploy.bundle import Bundle
 from byol_deploy.cores import usable_cores
 from byol_deploy.evaluation import knn
 from byol_deploy.formats import RunOptions
+from byol_deploy.formats._onnx_reduced import Batches, quiet
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.parity import as_rows, neighbour_agreement, separation_margin
 from byol_deploy.training.checkpoints import load_checkpoint
@@ -58,27 +55,6 @@ def split(data: Path, work: Path) -> tuple[Path, list[Path], list[Path]]:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.resolve())
     return folder, gallery, test
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
-
-
-class Batches:
-    def __init__(self, images: np.ndarray) -> None:
-        self._batches = iter([{"images": images[start : start + 16]} for start in range(0, len(images), 16)])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._batches, None)
 
 
 def session(path: Path) -> Run:

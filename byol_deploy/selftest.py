@@ -153,12 +153,7 @@ def self_test(path: str | os.PathLike[str], *, provider: str = "cpu", threads: i
         bundle = Bundle.open(root)
         file, format = _choose(bundle)
         return self_test_file(file, format, options, bundle.manifest, bundle.golden)
-    if not root.is_file():
-        raise BundleError(f"{shown} does not exist; pass a bundle or a file that byol-deploy export wrote")
-    found = formats.of_file(root)
-    if found is None:
-        endings = ", ".join(formats.get(name).suffix for name in formats.available())
-        raise BundleError(f"{shown} is neither a bundle nor a file that ends in {endings}")
+    found = formats.of_lone_file(root)
     require_packages(f"the self-test of {shown}", found.extra, *found.runs_with)
     manifest, golden = read_carried(found.carried(root), shown)
     return self_test_file(root, found, options, manifest, golden)

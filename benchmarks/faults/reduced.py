@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +15,17 @@ from torch import Tensor, nn
 
 from byol_deploy import export, formats
 from byol_deploy.bundle import CARRIED_GOLDEN_KEY, CARRIED_MANIFEST_KEY
+from byol_deploy.formats._onnx_reduced import Batches, quiet
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.training.checkpoints import load_checkpoint
 from faults.making import Case, Compute, Made
 from faults.subject import Subject, seal
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """These tools talk much; what their files are worth is measured here."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
-
-
 def with_texts(model: onnx.ModelProto, texts: Mapping[str, str]) -> onnx.ModelProto:
     """The same model with these texts as its metadata."""
     onnx.helper.set_model_props(model, dict(texts))
     return model
-
-
-class _Calibration:
-    def __init__(self, name: str, images: np.ndarray, batch: int = 32) -> None:
-        self._batches = iter([{name: images[start : start + batch]} for start in range(0, len(images), batch)])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._batches, None)
 
 
 def folded(source: Path, target: Path) -> Path:
@@ -85,7 +60,7 @@ def int8(source: Path, target: Path, images: np.ndarray, texts: Mapping[str, str
         **options,
     }
     with quiet():
-        quantize_static(str(prepared), str(target), _Calibration("images", images), **settings)
+        quantize_static(str(prepared), str(target), Batches(images), **settings)
     prepared.unlink()
     onnx.save(with_texts(onnx.load(target), texts), target)
     seal(target, precision="int8")

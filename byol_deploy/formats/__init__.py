@@ -19,8 +19,9 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from byol_deploy.errors import UsageError, require_packages
+from byol_deploy.errors import BundleError, UsageError, require_packages
 from byol_deploy.formats._layers import Call, LayeredFile
+from byol_deploy.images import printable
 from byol_deploy.quantization import Calibration, Reducer
 
 Run: TypeAlias = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -247,6 +248,22 @@ def of_file(path: str | os.PathLike[str]) -> Format | None:
         if os.fspath(path).endswith(get(name).suffix):
             return get(name)
     return None
+
+
+def of_lone_file(path: Path) -> Format:
+    """The format of a file that is there and has the ending of one.
+
+    Raises:
+        BundleError: It is not there, or has another ending.
+    """
+    shown = printable(path)
+    if not path.is_file():
+        raise BundleError(f"{shown} does not exist; pass a bundle or a file that byol-deploy export wrote")
+    found = of_file(path)
+    if found is None:
+        endings = ", ".join(get(name).suffix for name in available())
+        raise BundleError(f"{shown} is neither a bundle nor a file that ends in {endings}")
+    return found
 
 
 def require(format: Format) -> None:

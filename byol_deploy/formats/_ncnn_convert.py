@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from byol_deploy.errors import ExportError
 from byol_deploy.formats import Signature
+from byol_deploy.formats._tracing import as_export_error, quiet
 from byol_deploy.formats.ncnn import INPUT, blobs
 
 _TIMEOUT_S = 1800
@@ -55,29 +54,11 @@ def trace(graph: Any, side: int, path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     example = torch.randint(0, 256, (1, 3, side, side), generator=generator).to(torch.float32)
     module = Planes().eval()
-    try:
-        with _quiet(), torch.no_grad(), FourDimensions():
+    with as_export_error():
+        with quiet(), torch.no_grad(), FourDimensions():
             traced = torch.jit.trace(module, (example,), check_trace=False)  # type: ignore[no-untyped-call]
-        with _quiet():
+        with quiet():
             torch.jit.save(traced, str(path))
-    except Exception as error:
-        # Whatever tracing raises on a stranger's module is that module's trouble, not a bug here.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-        raise ExportError(
-            f"torch.jit.trace of PyTorch {torch.__version__} failed: {type(error).__name__}: {lines[0][:300]}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The one place where the deprecation of TorchScript and the tracer's remarks are silenced."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        yield
 
 
 def convert(folder: Path, signature: Signature) -> list[str]:

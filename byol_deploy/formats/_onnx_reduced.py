@@ -49,7 +49,7 @@ class _Int8:
         self._folder = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._folded = Path(self._folder) / "folded.onnx"
-        with _quiet(), _as_export_error("preparing"):
+        with quiet(), _as_export_error("preparing"):
             # Batch norm goes into the convolutions: a scale per channel then covers both.
             quant_pre_process(str(full), str(self._folded), skip_symbolic_shape=True)
         self._images = calibration.images
@@ -68,7 +68,7 @@ class _Int8:
 
         activations, weights, seven_bits = self._settings
         names = [name for name in self.layers if name not in set(kept)]
-        with _quiet(), _as_export_error("int8 quantisation"):
+        with quiet(), _as_export_error("int8 quantisation"):
             made = _load(self._folded)
             if names:
                 quantizer = QDQQuantizer(
@@ -107,7 +107,7 @@ class _Int8:
                     calibrate_method=chosen,
                     extra_options=options,
                 )
-                calibrator.collect_data(_Reader(self._images))
+                calibrator.collect_data(Batches(self._images))
                 self._ranges[method] = calibrator.compute_data()
                 del calibrator
         return self._ranges[method]
@@ -131,7 +131,7 @@ class _Half:
     def write(self, path: Path, carried: Mapping[str, str], method: str, kept: Collection[str]) -> tuple[Path, ...]:
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        with _quiet(), _as_export_error("conversion to float16"):
+        with quiet(), _as_export_error("conversion to float16"):
             made = convert_float_to_float16(
                 _load(self._full), keep_io_types=True, node_block_list=[*self._blocked, *kept]
             )
@@ -140,7 +140,7 @@ class _Half:
         return ()
 
 
-class _Reader:
+class Batches:
     """The calibration images in batches, as ONNX Runtime's calibrators ask for them."""
 
     def __init__(self, images: np.ndarray) -> None:
@@ -230,7 +230,7 @@ def _as_export_error(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The one place where the quantiser's prints, log lines and warnings are silenced."""
     root = logging.getLogger()
     level = root.level

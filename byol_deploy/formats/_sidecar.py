@@ -10,34 +10,23 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from byol_deploy.errors import BundleError, ExportError
-from byol_deploy.formats import RunOptions, Signature
-from byol_deploy.formats._layers import Call, LayeredFile
+from byol_deploy.errors import BundleError
+from byol_deploy.formats._defaults import Defaults
 from byol_deploy.images import printable
 from byol_deploy.manifest import is_plain_path
-from byol_deploy.quantization import Calibration, Reducer
 
 _SUFFIX = ".byol.json"
 _MAX_BYTES = 128 << 20
 _MAX_FILES = 64
 
 
-class SidecarFormat:
+class SidecarFormat(Defaults):
     """The part of :class:`byol_deploy.formats.Format` that is the same for all formats of this kind.
 
     A subclass has its names, ``export`` (which ends with :meth:`finish`), ``load`` (which begins with :meth:`carried`,
     so that a file that is none of ours or incomplete is refused), and, where it writes other precisions, ``reducer``.
     """
-
-    name = ""
-    optimizations: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ("fp32",)
-    keeps_tensors = False
-    shows_layers = False
 
     def finish(self, path: Path, carried: Mapping[str, str], companions: Sequence[Path] = ()) -> tuple[Path, ...]:
         """Write the texts beside a written file.
@@ -75,34 +64,6 @@ class SidecarFormat:
         if twice:
             raise ValueError(f"{path.name} carries {', '.join(twice)} already")
         _write(_sidecar(path), names, {**known, **texts})
-
-    def runs_here(self) -> str:
-        """See :meth:`byol_deploy.formats.Format.runs_here`."""
-        return ""
-
-    def providers(self) -> tuple[str, ...]:
-        """See :meth:`byol_deploy.formats.Format.providers`."""
-        return ("cpu",)
-
-    def tensors(self, path: Path) -> dict[str, np.ndarray]:
-        """See :meth:`byol_deploy.formats.Format.tensors`: the runtime's own layout of the weights tells nothing."""
-        return {}
-
-    def layers(
-        self, path: Path, options: RunOptions, calls: Sequence[Call], slots: Sequence[np.ndarray], images: np.ndarray
-    ) -> LayeredFile:
-        """See :meth:`byol_deploy.formats.Format.layers`.
-
-        Raises:
-            BundleError: Always: this format does not show its layers.
-        """
-        raise BundleError(f"{path.name}: the format {self.name} does not show its layers; explain the ONNX file")
-
-    def reducer(
-        self, graph: Any, signature: Signature, full: Path, precision: str, calibration: Calibration
-    ) -> Reducer:
-        """See :meth:`byol_deploy.formats.Format.reducer`."""
-        raise ExportError(f"there is no {precision} in this format; it has {', '.join(self.precisions)}")
 
 
 def _sidecar(path: Path) -> Path:

@@ -1,11 +1,12 @@
-"""Reduced precision for formats that are made from ONNX files: what the ONNX reducer writes, converted."""
+"""Formats that are made from ONNX files: the float32 one, and what the ONNX reducer writes, converted."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from byol_deploy.quantization import Calibration
 
 Convert = Callable[[Path, Path, Mapping[str, str]], tuple[Path, ...]]
 """An ONNX file, the main file to write, and its texts, to the files that belong to it."""
+
+
+@contextlib.contextmanager
+def as_onnx(graph: Any, signature: Signature) -> Iterator[Path]:
+    """The graph as a float32 ONNX file without texts, for as long as the block lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "model.onnx"
+        formats.get("onnx").export(graph, signature, source, {})
+        yield source
 
 
 class ThroughOnnx:

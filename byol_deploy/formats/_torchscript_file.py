@@ -20,6 +20,9 @@ from byol_deploy.errors import BundleError
 from byol_deploy.images import printable
 
 _TEXTS = "/extra/"
+KIND = "a TorchScript file"
+"""How messages call such a file; other archives of PyTorch are laid out alike."""
+
 _MAX_TEXT_BYTES = 128 << 20
 _ALIGNMENT = 64
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -27,14 +30,14 @@ _LOCAL_HEADER_BYTES = 30
 _CHUNK = 1 << 20
 
 
-def texts(path: Path) -> dict[str, str]:
+def texts(path: Path, kind: str = KIND) -> dict[str, str]:
     """The texts that a file carries (extra files), by key.
 
     Raises:
         BundleError: It is not a TorchScript file, or damaged.
     """
     found: dict[str, str] = {}
-    with _opened(path) as archive:
+    with _opened(path, kind) as archive:
         for entry in archive.infolist():
             _, _, name = entry.filename.partition(_TEXTS)
             if not name:
@@ -55,33 +58,33 @@ def write(source: IO[bytes], path: Path) -> None:
         _lay_out(archive, target, {})
 
 
-def add_texts(path: Path, added: Mapping[str, str]) -> None:
+def add_texts(path: Path, added: Mapping[str, str], kind: str = KIND) -> None:
     """Add texts to a file; its model's entries stay as they lie.
 
     Raises:
         ValueError: One of the keys is there already.
         BundleError: It is not a TorchScript file, or damaged.
     """
-    twice = sorted(set(texts(path)) & set(added))
+    twice = sorted(set(texts(path, kind)) & set(added))
     if twice:
         raise ValueError(f"{path.name} carries {', '.join(twice)} already")
     written = path.with_name(f"{path.name}.sealed")
     try:
-        with _opened(path) as archive, open(written, "wb") as target:
+        with _opened(path, kind) as archive, open(written, "wb") as target:
             _lay_out(archive, target, added)
         os.replace(written, path)
     finally:
         written.unlink(missing_ok=True)
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, kind: str = KIND) -> str:
     """``sha256:`` and 64 digits over the name and the bytes of every entry but the texts.
 
     Raises:
         BundleError: It is not a TorchScript file, damaged, or another program wrote the archive anew.
     """
     digest = hashlib.sha256()
-    with _opened(path) as archive, open(path, "rb") as file:
+    with _opened(path, kind) as archive, open(path, "rb") as file:
         # First, so that no entry can be a bomb: stored entries are never larger than the file.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("entries are compressed, which byol-deploy never does")
@@ -94,7 +97,7 @@ def content_hash(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def _opened(path: Path, kind: str) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -103,7 +106,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError, EOFError) as error:
         # All that zipfile is known to raise on a damaged archive: a flipped byte may name a compression of the future.
         raise BundleError(
-            f"{printable(path)} is not a TorchScript file, or is damaged: {error}; copy or export it again"
+            f"{printable(path)} is not {kind}, or is damaged: {error}; copy or export it again"
         ) from error
 
 

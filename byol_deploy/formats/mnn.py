@@ -21,7 +21,6 @@ import hashlib
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
@@ -30,12 +29,12 @@ from typing import Any
 
 import numpy as np
 
-from byol_deploy import formats
 from byol_deploy.cores import usable_cores
 from byol_deploy.errors import BundleError, ExportError, ProviderError
 from byol_deploy.formats import Opened, Port, RunOptions, Signature
 from byol_deploy.formats._native_output import captured, give_back
 from byol_deploy.formats._sidecar import SidecarFormat
+from byol_deploy.formats._through_onnx import as_onnx
 from byol_deploy.quantization import Calibration, Reducer
 
 INPUT = "images"
@@ -59,9 +58,7 @@ class _Mnn(SidecarFormat):
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "model.onnx"
-            formats.get("onnx").export(graph, signature, source, {})
+        with as_onnx(graph, signature) as source:
             convert(source, path, "fp32")
         return self.finish(path, carried)
 

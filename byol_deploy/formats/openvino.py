@@ -7,7 +7,6 @@ therefore asked for explicitly everywhere else), ``int8`` is made by NNCF.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from byol_deploy import formats
 from byol_deploy.cores import usable_cores
 from byol_deploy.errors import BundleError, ExportError, ProviderError
 from byol_deploy.formats import Opened, Port, RunOptions, Signature
 from byol_deploy.formats._sidecar import SidecarFormat
+from byol_deploy.formats._through_onnx import as_onnx
 from byol_deploy.quantization import Calibration, Reducer
 
 PRECISION_NOTE = "byol_deploy_precision"
@@ -37,9 +36,7 @@ class _OpenVino(SidecarFormat):
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "model.onnx"
-            formats.get("onnx").export(graph, signature, source, {})
+        with as_onnx(graph, signature) as source:
             model = converted(source)
         return self.write(model, path, carried)
 

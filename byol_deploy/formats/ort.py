@@ -20,7 +20,6 @@ tables in the order of a hash map whose seed is drawn.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from byol_deploy import formats
 from byol_deploy.errors import ExportError, ProviderError
 from byol_deploy.formats import Opened, RunOptions, Signature, _ort_file
 from byol_deploy.formats._sidecar import SidecarFormat
-from byol_deploy.formats._through_onnx import ThroughOnnx
+from byol_deploy.formats._through_onnx import ThroughOnnx, as_onnx
 from byol_deploy.quantization import Calibration, Reducer
 
 MAX_BYTES = (1 << 31) - (1 << 24)
@@ -56,9 +55,7 @@ class _Ort(SidecarFormat):
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "model.onnx"
-            formats.get("onnx").export(graph, signature, source, {})
+        with as_onnx(graph, signature) as source:
             return self.write(source, path, carried)
 
     def write(self, source: Path, path: Path, carried: Mapping[str, str], target: str = "x86") -> tuple[Path, ...]:

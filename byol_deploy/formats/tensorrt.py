@@ -22,7 +22,6 @@ compared with PyTorch there all the same, through ONNX Runtime on the CPU.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -36,7 +35,7 @@ from byol_deploy.errors import BundleError, ExportError, MissingExtraError, Prov
 from byol_deploy.formats import Opened, Port, RunOptions, Signature, _tensorrt_graph
 from byol_deploy.formats._sidecar import SidecarFormat
 from byol_deploy.formats._tensorrt_graph import INPUT, Run
-from byol_deploy.formats._through_onnx import ThroughOnnx
+from byol_deploy.formats._through_onnx import ThroughOnnx, as_onnx
 from byol_deploy.images import printable
 from byol_deploy.quantization import Calibration, Reducer
 
@@ -94,9 +93,7 @@ class _TensorRt(SidecarFormat):
                 values = graph(torch.from_numpy(images))
             return {name: value.numpy() for name, value in zip(signature.outputs, values, strict=True)}
 
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "model.onnx"
-            formats.get("onnx").export(graph, signature, source, {})
+        with as_onnx(graph, signature) as source:
             return self._write(source, expected, signature, "fp32", path, carried)
 
     def _write(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,24 @@ from typing import Any
 import numpy as np
 
 from byol_deploy.bundle import CARRIED_MANIFEST_KEY, read_carried
-from byol_deploy.errors import BundleError, ExportError, ProviderError
+from byol_deploy.errors import BundleError, ProviderError
 from byol_deploy.formats import Opened, RunOptions, Signature, _torchscript_file
+from byol_deploy.formats._defaults import Defaults
 from byol_deploy.formats._layers import Call, LayeredFile
-from byol_deploy.quantization import Calibration, Reducer
+from byol_deploy.formats._torch_program import threads
+from byol_deploy.formats._tracing import as_export_error, quiet
 
 # Not a batch size that the parity check runs, and not 1, which broadcasts.
 _EXAMPLE_BATCH = 3
 
 
-class _TorchScript:
+class _TorchScript(Defaults):
     name = "torchscript"
     suffix = ".torchscript.pt"
     extra = "train"
     requires = ("torch",)
     runs_with = ("torch",)
     opens_in_encoder = False
-    precisions = ("fp32",)
     keeps_tensors = True
     shows_layers = True
     optimizations = ("none",)
@@ -46,25 +46,12 @@ class _TorchScript:
         generator = torch.Generator().manual_seed(0)
         example = torch.randint(0, 256, (_EXAMPLE_BATCH, size, size, 3), dtype=torch.uint8, generator=generator)
         packed = io.BytesIO()
-        try:
-            with _quiet(), torch.no_grad():
-                # Its own check runs the traced tensor again; ours runs other images at other batch sizes.
-                traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
-                torch.jit.save(traced, packed, _extra_files=dict(carried))
-        except Exception as error:
-            # Whatever tracing raises on a stranger's module is that module's trouble, not a bug here.
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-            raise ExportError(
-                f"torch.jit.trace of PyTorch {torch.__version__} failed: {type(error).__name__}: {lines[0][:300]}"
-            ) from error
+        with as_export_error(), quiet(), torch.no_grad():
+            # Its own check runs the traced tensor again; ours runs other images at other batch sizes.
+            traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
+            torch.jit.save(traced, packed, _extra_files=dict(carried))
         _torchscript_file.write(packed, path)
         return ()
-
-    def reducer(
-        self, graph: Any, signature: Signature, full: Path, precision: str, calibration: Calibration
-    ) -> Reducer:
-        """See :meth:`byol_deploy.formats.Format.reducer`."""
-        raise ExportError(f"there is no {precision} in this format")
 
     def load(self, path: Path, options: RunOptions) -> Opened:
         """See :meth:`byol_deploy.formats.Format.load`.
@@ -82,7 +69,7 @@ class _TorchScript:
 
         def compute(images: np.ndarray, names: Sequence[str] | None) -> dict[str, np.ndarray]:
             optimized = torch.jit.optimized_execution(options.optimization != "none")  # type: ignore[attr-defined]
-            with _threads(options.threads), torch.inference_mode(), _quiet(), optimized:
+            with threads(options.threads), torch.inference_mode(), quiet(), optimized:
                 values = module(torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device))
             # Left to the comparison where they are not as many: names that nobody expects fail there.
             numbered = [f"output_{place}" for place in range(len(values))]
@@ -90,10 +77,6 @@ class _TorchScript:
             return {name: named[name].cpu().numpy() for name in (named if names is None else names)}
 
         return Opened(compute, provider=str(device), session=module)
-
-    def runs_here(self) -> str:
-        """See :meth:`byol_deploy.formats.Format.runs_here`."""
-        return ""
 
     def providers(self) -> tuple[str, ...]:
         """See :meth:`byol_deploy.formats.Format.providers`."""
@@ -107,7 +90,7 @@ class _TorchScript:
 
         module = _open(path, torch.device("cpu"))
         found = {name: _array(tensor) for name, tensor in module.state_dict().items()}
-        with _quiet():
+        with quiet():
             code = module.inlined_graph  # each access makes a new one, and nodes do not keep theirs alive
             for node in code.findAllNodes("prim::Constant"):
                 output = node.output()
@@ -127,7 +110,7 @@ class _TorchScript:
 
         @contextlib.contextmanager
         def settings() -> Iterator[None]:
-            with _threads(options.threads), _quiet():
+            with threads(options.threads), quiet():
                 yield
 
         return TorchScriptLayers(_open(path, _device(options.provider)), calls, slots, images, settings)
@@ -139,33 +122,6 @@ class _TorchScript:
     def seal(self, path: Path, texts: Mapping[str, str]) -> None:
         """See :meth:`byol_deploy.formats.Format.seal`."""
         _torchscript_file.add_texts(path, texts)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The one place where the deprecation of TorchScript and the tracer's remarks are silenced."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated", category=DeprecationWarning)
-        # "Converting a tensor to a Python boolean ...": whether it mattered is what the parity check finds out.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        yield
-
-
-@contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if threads is not None:
-            torch.set_num_threads(before)
 
 
 def _device(provider: str) -> Any:
@@ -193,7 +149,7 @@ def _open(path: Path, device: Any) -> Any:
     import torch
 
     try:
-        with _quiet():
+        with quiet():
             return torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -39,7 +39,7 @@ from byol_deploy.pipeline.reference import Reference, build_reference, choose_go
 from byol_deploy.pipeline.tuning import LEAST_BUDGET_S, candidates, tune
 from byol_deploy.pipeline.writing import Writer
 from byol_deploy.preprocess import Preprocessing
-from byol_deploy.quantization import Goal
+from byol_deploy.quantization import Goal, resolve_target
 from byol_deploy.report import write_bundle_report
 from byol_deploy.runtime import usable_cores
 
@@ -115,6 +115,8 @@ def export(
         precisions = tuple(dict.fromkeys(name for format in chosen for name in format.precisions if name != "fp16"))
     check_precisions(chosen, precisions)
     goal = Goal(agreement)
+    if precisions:
+        resolve_target(target)  # before anything is computed
     if keep_failed is not None and Path(keep_failed).exists():
         raise OutputError(f"{printable(keep_failed)} exists already; choose another folder for --keep-failed")
 

@@ -283,12 +283,7 @@ def _open(path: str | os.PathLike[str]) -> _Opened:
                   entry.precision)
             for entry in bundle.manifest.artefacts
         ])  # fmt: skip
-    if not root.is_file():
-        raise BundleError(f"{printable(root)} does not exist; pass a bundle or a file that byol-deploy export wrote")
-    format = formats.of_file(root)
-    if format is None:
-        endings = ", ".join(formats.get(name).suffix for name in formats.available())
-        raise BundleError(f"{printable(root)} is neither a bundle nor a file that ends in {endings}")
+    format = formats.of_lone_file(root)
     missing = formats.missing_to_run(format)
     if missing:
         raise BundleError(f"{printable(root)} cannot be verified here: {missing} is not installed")

@@ -13,19 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_encoders import SIZE, encoder, images
 
 from byol_deploy import formats
 from byol_deploy.errors import BundleError, ExportError, ProviderError
 from byol_deploy.formats import RunOptions, Signature
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.parity import compare, derive_limits
-from byol_deploy.preprocess import Preprocessing
 from byol_deploy.quantization import Calibration
-from byol_deploy.training.backbones import build_backbone
-from byol_deploy.training.byol import BYOL
 
 pytest.importorskip("coremltools")
-SIZE = 28
 FORMAT: Any = formats.get("coreml")
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("timm/test_resnet", {}),
@@ -36,20 +33,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 not_on_a_mac = pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs here")
 
 
-def images(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)
-
-
 def build(family: str) -> EncoderGraph:
-    torch.manual_seed(0)
-    name, arguments = FAMILIES[family]
-    model = BYOL(build_backbone(name, **arguments), projection_hidden=32, projection_size=16)
-    with torch.no_grad():
-        for key, values in model.named_parameters():
-            if values.dim() == 1 and key.endswith("weight"):
-                values.uniform_(0.5, 1.5)  # timm begins with zeros at a branch's end, whose layers would not matter
-        model.train()(torch.randn(8, 3, SIZE, SIZE))
-    return EncoderGraph(model, Preprocessing(SIZE))
+    return encoder(*FAMILIES[family])
 
 
 def unpacked(path: Path, folder: Path) -> Path:

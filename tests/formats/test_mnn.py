@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_encoders import FAMILIES, SIZE, build, golden_without_pytorch, images, mixed_up
 
 from byol_deploy import export, formats
 from byol_deploy.errors import BundleError, ExportError, ProviderError
@@ -21,34 +21,12 @@ from byol_deploy.formats._native_output import captured, give_back
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.images import find_images
 from byol_deploy.parity import MOST_MARGIN, compare, derive_limits, separation_margin
-from byol_deploy.preprocess import Preprocessing
 from byol_deploy.quantization import Calibration
 from byol_deploy.selftest import self_test
-from byol_deploy.training.backbones import build_backbone
-from byol_deploy.training.byol import BYOL
 from byol_deploy.training.checkpoints import load_checkpoint
 
 if formats.missing_to_run(formats.get("mnn")):  # not importorskip: importing it prints
     pytest.skip("MNN is not installed", allow_module_level=True)
-SIZE = 28
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet": ("timm/test_resnet", {}),
-    "vit": ("timm/vit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 7, "depth": 2}),
-    "mobile": ("timm/test_efficientnet", {}),
-}
-
-
-def images(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)
-
-
-def build(family: str) -> EncoderGraph:
-    torch.manual_seed(0)
-    name, arguments = FAMILIES[family]
-    model = BYOL(build_backbone(name, **arguments), projection_hidden=32, projection_size=16)
-    with torch.no_grad():
-        model.train()(torch.randn(8, 3, SIZE, SIZE))
-    return EncoderGraph(model, Preprocessing(SIZE))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -100,26 +78,7 @@ def test_equal_graphs_give_equal_bytes(written: tuple[EncoderGraph, Path], tmp_p
 def test_threads_at_once_get_their_own_results(written: tuple[EncoderGraph, Path]) -> None:
     _, path = written
     opened = formats.get("mnn").load(path, RunOptions(threads=1))
-    given = [images(1 + seed % 3, seed) for seed in range(12)]
-    expected = [opened(pixels)["embedding"] for pixels in given]
-    wrong = []
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-
-    def work(first: int) -> None:
-        for place in range(first, first + 36):
-            if not np.array_equal(opened(given[place % 12])["embedding"], expected[place % 12]):
-                wrong.append(place)
-
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        sys.setswitchinterval(before)
-    assert wrong == []
+    assert mixed_up(lambda pixels: opened(pixels)["embedding"]) == []
 
 
 def test_int8_is_smaller_and_still_the_encoder(trained: tuple[EncoderGraph, Path, np.ndarray], tmp_path: Path) -> None:
@@ -182,17 +141,8 @@ def test_an_exported_file_runs_without_pytorch_and_quietly(tiny_run: Path, fashi
     bundle = export(tiny_run, formats=("mnn",), out=tmp_path / "bundle", data=fashion)
     assert [item.parity["passed"] for item in bundle.manifest.artefacts] == [True]
     assert self_test(bundle.path, threads=1).passed
-    code = (
-        "import sys; sys.modules['torch'] = sys.modules['onnx'] = None;"
-        "from byol_deploy import Encoder; import numpy as np;"
-        "encoder = Encoder(sys.argv[1], threads=1); golden = encoder.golden;"
-        "drift = np.abs(encoder.run(golden.images)['embedding'] - golden.outputs['embedding']).max();"
-        "print(drift < 1e-4, 'MNN.tools' in sys.modules)"
-    )
     for place in (bundle.path, bundle.path / "model.mnn"):
-        done = subprocess.run([sys.executable, "-W", "error", "-c", code, str(place)], capture_output=True, text=True)
-        # Nothing of MNN's own among it.
-        assert done.stdout == "True False\n", done.stderr
+        assert golden_without_pytorch(place, "'MNN.tools' not in sys.modules") == "True True"
 
 
 def test_the_console_program_that_reports_home_is_not_used(written: tuple[EncoderGraph, Path], tmp_path: Path) -> None:

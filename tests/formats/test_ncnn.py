@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_encoders import encoder, golden_without_pytorch, images, mixed_up
 
 from byol_deploy import export, formats
 from byol_deploy.errors import BundleError, DataError, ExportError, ProviderError
@@ -19,11 +17,8 @@ from byol_deploy.formats import RunOptions, Signature
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.images import find_images
 from byol_deploy.parity import MOST_MARGIN, compare, derive_limits, separation_margin
-from byol_deploy.preprocess import Preprocessing
 from byol_deploy.quantization import Calibration
 from byol_deploy.selftest import self_test
-from byol_deploy.training.backbones import build_backbone
-from byol_deploy.training.byol import BYOL
 from byol_deploy.training.checkpoints import load_checkpoint
 
 ncnn = pytest.importorskip("ncnn")
@@ -38,18 +33,10 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-def images(n: int, size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderGraph, Path]:
-    torch.manual_seed(0)
     name, size, arguments = FAMILIES[request.param]
-    model = BYOL(build_backbone(name, **arguments), projection_hidden=32, projection_size=16)
-    with torch.no_grad():
-        model.train()(torch.randn(8, 3, size, size))
-    graph = EncoderGraph(model, Preprocessing(size))
+    graph = encoder(name, arguments, size)
     path = tmp_path_factory.mktemp(request.param) / "model.ncnn.param"
     further = formats.get("ncnn").export(graph, Signature(size, graph.outputs), path, {"a": "text"})
     assert [item.name for item in further] == ["model.ncnn.bin", "model.ncnn.param.byol.json"]
@@ -104,21 +91,7 @@ def test_ncnn_alone_reads_the_files_as_the_docstring_says(resnet: tuple[EncoderG
 
 def test_threads_at_once_get_their_own_results(resnet: tuple[EncoderGraph, Path, np.ndarray]) -> None:
     opened = formats.get("ncnn").load(resnet[1], RunOptions(threads=1))
-    given = [images(1 + seed % 3, resnet[0].size_px, seed) for seed in range(8)]
-    expected = [opened(pixels)["embedding"] for pixels in given]
-    wrong = []
-
-    def work(first: int) -> None:
-        for place in range(first, first + 24):
-            if not np.array_equal(opened(given[place % 8])["embedding"], expected[place % 8]):
-                wrong.append(place)
-
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
+    assert mixed_up(lambda pixels: opened(pixels)["embedding"], resnet[0].size_px) == []
 
 
 def test_bfloat16_is_another_arithmetic_and_still_the_encoder(
@@ -147,16 +120,8 @@ def test_an_exported_file_runs_without_pytorch(tiny_run: Path, fashion: Path, tm
     (artefact,) = bundle.manifest.artefacts
     assert artefact.parity["passed"]
     assert self_test(bundle.path, threads=1).passed
-    code = (
-        "import sys; sys.modules['torch'] = sys.modules['onnx'] = sys.modules['pnnx'] = None;"
-        "from byol_deploy import Encoder; import numpy as np;"
-        "encoder = Encoder(sys.argv[1], threads=1); golden = encoder.golden;"
-        "drift = np.abs(encoder.run(golden.images)['embedding'] - golden.outputs['embedding']).max();"
-        "print(drift < 1e-4)"
-    )
     for place in (bundle.path, bundle.path / "model.ncnn.param"):
-        done = subprocess.run([sys.executable, "-W", "error", "-c", code, str(place)], capture_output=True, text=True)
-        assert (done.stdout, done.stderr) == ("True\n", "")
+        assert golden_without_pytorch(place) == "True True"
 
 
 def test_a_layer_that_is_lacking_is_named(tmp_path: Path) -> None:

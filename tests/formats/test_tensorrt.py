@@ -19,42 +19,18 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from small_encoders import FAMILIES, SIZE, build, images
 
 from byol_deploy import formats
 from byol_deploy.errors import BundleError, ExportError, MissingExtraError, ProviderError
 from byol_deploy.formats import RunOptions, Signature
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.parity import compare, derive_limits
-from byol_deploy.preprocess import Preprocessing
 from byol_deploy.providers import create_session
 from byol_deploy.quantization import Calibration
-from byol_deploy.training.backbones import build_backbone
-from byol_deploy.training.byol import BYOL
 
-SIZE = 28
 FORMAT: Any = formats.get("tensorrt")
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet": ("timm/test_resnet", {}),
-    "vit": ("timm/vit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 7, "depth": 2}),
-    "mobile": ("timm/test_efficientnet", {}),
-}
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here; see tests/gpu")
-
-
-def images(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)
-
-
-def build(family: str) -> EncoderGraph:
-    torch.manual_seed(0)
-    name, arguments = FAMILIES[family]
-    model = BYOL(build_backbone(name, **arguments), projection_hidden=32, projection_size=16)
-    with torch.no_grad():
-        for key, values in model.named_parameters():
-            if values.dim() == 1 and key.endswith("weight"):
-                values.uniform_(0.5, 1.5)  # timm begins with zeros at a branch's end, whose layers would not matter
-        model.train()(torch.randn(8, 3, SIZE, SIZE))
-    return EncoderGraph(model, Preprocessing(SIZE))
 
 
 def signature(graph: EncoderGraph) -> Signature:

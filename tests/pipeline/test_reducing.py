@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from byol_deploy import Bundle, Encoder, calibration, export, verify
-from byol_deploy.errors import BundleError, DataError, MissingExtraError, ParityError, UsageError
+from byol_deploy import Bundle, Encoder, calibration, export, formats, verify
+from byol_deploy.errors import BundleError, DataError, ExportError, MissingExtraError, ParityError, UsageError
 from byol_deploy.selftest import self_test
 
 
@@ -129,6 +129,56 @@ def test_tuning_chooses_by_measurement_and_says_on_what(tuned: Path) -> None:
     assert evidence["control"]["tolerance"] > 0
     assert evidence["machine"]["cores"]
     assert len(evidence["candidates"]) >= 2 * len(manifest.artefacts) - 2
+
+
+def test_tuning_leaves_out_what_does_not_reach_the_goal(tiny_run: Path, fashion: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    bundle = export(tiny_run, formats=["onnx"], precisions=["int8"], tune_s=8, agreement=1.0, data=fashion,
+                    out=tmp_path / "bundle", say=said.append)  # fmt: skip
+    assert [item.file for item in bundle.manifest.artefacts] == ["model.onnx"]
+    assert bundle.manifest.tuned is not None
+    assert any(line.startswith("left out: model.int8.onnx: int8 ") for line in said)
+    assert {path.name for path in bundle.path.iterdir()} == {"model.onnx", "manifest.json", "golden.npz", "report.html"}
+
+
+def test_tuning_leaves_out_a_format_that_fails_half_way_and_nothing_of_it_stays(
+    tiny_run: Path, fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    from byol_deploy.formats.openvino import FORMAT
+
+    def broken(model: object, path: Path, carried: object, computes_in: str = "f32") -> tuple[Path, ...]:
+        path.write_text("half a file")
+        raise ExportError("this engine lacks the operator Mish (backbone/act1)")
+
+    monkeypatch.setattr(FORMAT, "write", broken)
+    said: list[str] = []
+    bundle = export(tiny_run, formats=["onnx", "openvino"], precisions=["bf16"], tune_s=8, data=fashion,
+                    out=tmp_path / "bundle", say=said.append)  # fmt: skip
+    assert [item.file for item in bundle.manifest.artefacts] == ["model.onnx"]
+    assert any("left out: model.openvino.xml: this engine lacks the operator Mish" in line for line in said)
+    assert not list(bundle.path.glob("*openvino*"))
+    with pytest.raises(ExportError, match="cannot be exported to openvino: this engine lacks the operator Mish"):
+        export(tiny_run, formats=["onnx", "openvino"], data=fashion, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_precision_that_cannot_run_here_is_written_and_never_called_verified(
+    program: Callable[..., object], tiny_run: Path, fashion: Path, tmp_path: Path
+) -> None:
+    if not formats.get("tensorrt").runs_here():
+        pytest.skip("it runs here")
+    bundle = export(tiny_run, formats=["onnx", "tensorrt"], precisions=["fp16"], agreement=0.9, target="arm64",
+                    data=fashion, out=tmp_path / "bundle")  # fmt: skip
+    found = {item.file: item for item in bundle.manifest.artefacts}
+    assert list(found) == ["model.onnx", "model.fp16.onnx", "model.tensorrt.json", "model.fp16.tensorrt.json"]
+    for name, item in found.items():
+        assert item.parity["passed"] is not name.endswith("tensorrt.json")
+        assert ("not_run" in item.parity) is name.endswith("tensorrt.json")
+    assert self_test(bundle.path).file == "model.onnx"
+    listed = program("verify", bundle.path, "--against", tiny_run, "--data", fashion)
+    assert listed.stdout.count("NOT RUN HERE") == 2, listed.stdout  # type: ignore[attr-defined]
+    assert "Traceback" not in listed.stderr  # type: ignore[attr-defined]
 
 
 def as_tuned(tuned: Path, target: Path, file: str, threads: int = 1) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from byol_deploy import formats
 from byol_deploy.bundle import Bundle, Golden, Manifest, read_artefact, read_carried
-from byol_deploy.errors import BundleError, MissingExtraError, UsageError
+from byol_deploy.errors import MissingExtraError, UsageError
 from byol_deploy.images import printable
 from byol_deploy.selftest import check_content
 
@@ -118,12 +118,7 @@ def _in_bundle(root: Path) -> list[Item]:
 
 def _lone(path: Path) -> Item:
     shown = printable(path)
-    if not path.is_file():
-        raise BundleError(f"{shown} does not exist; pass a bundle or a file that byol-deploy export wrote")
-    format = formats.of_file(path)
-    if format is None:
-        endings = ", ".join(formats.get(name).suffix for name in formats.available())
-        raise BundleError(f"{shown} is neither a bundle nor a file that ends in {endings}")
+    format = formats.of_lone_file(path)
     # Some formats need their package to read what a file carries; without it there is nothing to say but that.
     with contextlib.suppress(ImportError, MissingExtraError):
         texts = format.carried(path)
