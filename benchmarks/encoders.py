@@ -57,7 +57,7 @@ ENCODERS = {
 }
 
 
-def _common(family: str, name: str, *settings: str, cells: bool = True, epochs: int = 3) -> Encoder:
+def _common(family: str, name: str, *settings: str, cells: bool = True, epochs: int = 2) -> Encoder:
     """One of common size: the default recipe, shortened."""
     size = 224 if cells else 96
     common = (f"model.backbone={name}", f"data.image_size={size}", f"train.epochs={epochs}", "optim.warmup_epochs=1")
@@ -67,10 +67,10 @@ def _common(family: str, name: str, *settings: str, cells: bool = True, epochs: 
 _ADAMW = ("optim.name=adamw", "optim.lr=0.0005", "optim.lr_scaling=false", "optim.weight_decay=0.01")
 
 SPEED = {
-    "cells-resnet18": _common("ResNet-18", "resnet18", epochs=4),
-    "cells-resnet50": _common("ResNet-50", "resnet50", epochs=2),
+    "cells-resnet18": _common("ResNet-18", "resnet18", epochs=3),
+    "cells-resnet50": _common("ResNet-50", "resnet50"),
     "garments-resnet18": _common("ResNet-18", "resnet18", cells=False),
-    "garments-resnet50": _common("ResNet-50", "resnet50", cells=False, epochs=2),
+    "garments-resnet50": _common("ResNet-50", "resnet50", cells=False),
     "cells-vit": _common("ViT-tiny", "timm/vit_tiny_patch16_224", *_ADAMW),
     "cells-mobilenet": _common("MobileNetV3", "timm/mobilenetv3_large_100", *_ADAMW),
     "cells-efficientnet": _common("EfficientNet-lite", "timm/efficientnet_lite0", *_ADAMW),

@@ -303,6 +303,20 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else "…" + text[1 - most :]
 
 
+def log_range(exponents: Sequence[float]) -> tuple[float, float]:
+    """The range of a logarithmic axis: some air around the exponents (of 10), at least a factor of 4 wide."""
+    low, high = min(exponents), max(exponents)
+    air = max(0.08 * (high - low), (0.6 - (high - low)) / 2)
+    return low - air, high + air
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """The values 1, 2, 5, 10, ... between two exponents of 10, fewer where there are many."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    steps = (1, 2, 5) if high - low < 2.2 else (1, 3) if high - low < 4 else (1,)
+    return [step * 10.0**power for power in powers for step in steps if low <= math.log10(step * 10.0**power) <= high]
+
+
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers from ``low`` or below to ``high`` or above."""
     if not high > low:

@@ -26,8 +26,9 @@ TARGETS = ("x86-vnni", "x86", "arm64")
 """Processors, by what their int8 instructions want: x86-64 with VNNI multiplies unsigned activations by signed weights;
 without VNNI the same product saturates in 16 bits, so that weights get 7 bits; ARM multiplies signed by signed."""
 
-_FEW = 96
-"""Images for what a layer does alone: its drift is a mean, which needs fewer images than the neighbours do."""
+_FEW = 32
+"""Images for what a layer does alone: its drift is a mean, which needs fewer images than the neighbours do, and layers
+differ by factors."""
 _BATCH = 32
 _ROUNDS = 9
 

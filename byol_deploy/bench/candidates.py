@@ -26,6 +26,18 @@ _MOST_CALLS = 200
 _CONFIDENCE = 0.95
 
 
+class BudgetTooSmall(UsageError):
+    """The time budget does not suffice to decide.
+
+    Attributes:
+        needed_s: Seconds that would, about.
+    """
+
+    def __init__(self, message: str, needed_s: float) -> None:
+        super().__init__(message)
+        self.needed_s = needed_s
+
+
 def measure_candidates(
     run: Mapping[str, Callable[[], Any]],
     *,
@@ -48,7 +60,8 @@ def measure_candidates(
         The times. A candidate that raises is in ``failed``.
 
     Raises:
-        UsageError: Nothing to time, or a budget that does not suffice for 6 rounds.
+        BudgetTooSmall: It does not suffice for 6 rounds.
+        UsageError: Nothing to time.
     """
     blocks: dict[str, Block] = {name: partial(_guarded, function) for name, function in run.items()}
     if not blocks:
@@ -87,18 +100,20 @@ def measure_blocks(
         The times. A candidate that raises :class:`CandidateFailed` is in ``failed``.
 
     Raises:
-        UsageError: Too few rounds, or a budget that does not suffice for 6 of them.
+        BudgetTooSmall: It does not suffice for 6 rounds.
+        UsageError: Too few rounds.
     """
     check_budget(budget_s, rounds)
     began = time.perf_counter()
     failed: dict[str, str] = {}
     calls: dict[str, int] = {}
 
-    def too_little(needed_s: float) -> UsageError:
-        return UsageError(
-            f"a time budget of {budget_s:g} s is too small to decide between {len(blocks)} rows: the {LEAST_ROUNDS} "
+    def too_little(needed_s: float) -> BudgetTooSmall:
+        return BudgetTooSmall(
+            f"a time budget of {budget_s:.3g} s is too small to decide between {len(blocks)} rows: the {LEAST_ROUNDS} "
             f"rounds that it takes at least need about {math.ceil(needed_s)} s; give --budget {math.ceil(needed_s)} or "
-            "more, or measure fewer rows"
+            "more, or measure fewer rows",
+            needed_s,
         )
 
     def one_round(names: Sequence[str]) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from byol_deploy.errors import BundleError, ExportError, UsageError
-from byol_deploy.formats import Opened, Port, RunOptions, Signature, _onnx_file
+from byol_deploy.formats import Opened, Port, RunOptions, Signature, _onnx_file, _onnx_waste
 from byol_deploy.formats._layers import Call, LayeredFile
 from byol_deploy.quantization import Calibration, Reducer
 
@@ -174,22 +174,35 @@ def _trace(graph: Any, signature: Signature, opset: int) -> Any:
     example = torch.randint(0, 256, (_EXAMPLE_BATCH, size, size, 3), dtype=torch.uint8, generator=generator)
     try:
         with _quiet(), torch.no_grad():
+            traced = _captured(graph, example)
+            _onnx_waste.without_strides(traced)
             program = torch.onnx.export(
-                graph,
-                (example,),
+                traced,
+                (),
                 dynamo=True,
                 opset_version=opset,
                 # Would fold batch norm into convolutions: the file could no longer prove whose parameters it holds.
                 optimize=False,
                 input_names=["images"],
                 output_names=list(signature.outputs),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
     except Exception as error:
         # Whatever an exporter raises on a stranger's module is that module's trouble, not a bug here.
         raise ExportError(f"the ONNX exporter of PyTorch {torch.__version__} failed: {_root_cause(error)}") from error
     return program.model  # type: ignore[union-attr]
+
+
+def _captured(graph: Any, example: Any) -> Any:
+    """The ``torch.export.ExportedProgram``, for any batch size."""
+    import torch
+
+    batch = ({0: torch.export.Dim("batch")},)
+    try:
+        return torch.export.export(graph, (example,), dynamic_shapes=batch)
+    except Exception:
+        # The analysis of bytecode takes some modules that running them with symbolic sizes does not.
+        return torch.export.export(graph, (example,), dynamic_shapes=batch, strict=True)
 
 
 @contextlib.contextmanager
@@ -243,6 +256,8 @@ def _tidy(model: Any, parameters: set[str]) -> None:
                 ]
             )(model)
             common.RemoveUnusedNodesPass()(model)
+        common.ShapeInferencePass()(model)
+        _onnx_waste.remove(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         common.CommonSubexpressionEliminationPass()(model)
         common.IdentityEliminationPass()(model)

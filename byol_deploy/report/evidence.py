@@ -17,6 +17,7 @@ from byol_deploy.report.gallery import ChangedGallery, Gallery, changed_gallery,
 from byol_deploy.report.numbers import share
 from byol_deploy.report.page import write_report
 from byol_deploy.report.plane import EmbeddingMap, embedding_map
+from byol_deploy.report.trade import trade_section, tuned_section
 from byol_deploy.separation import Separation, separation
 
 
@@ -86,6 +87,7 @@ def write_bundle_report(
         passed=all(block.report.passed for block in blocks),
         verdict=_verdict(blocks),
         parity=blocks,
+        sections=[trade_section(manifest.artefacts), tuned_section(manifest.tuned)],
         separation=shown.separation,
         gallery=gallery,
         changed=shown.changed,

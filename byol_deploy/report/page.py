@@ -44,6 +44,7 @@ def write_report(
     verdict: str,
     results: Sequence[ResultRow] = (),
     parity: Sequence[ParityBlock] = (),
+    sections: Sequence[str] = (),
     checks: Sequence[CheckRow] = (),
     separation: Separation | None = None,
     gallery: Gallery | None = None,
@@ -66,6 +67,7 @@ def write_report(
         verdict: The verdict in a sentence.
         results: Rows of the table of results; a column in which no row has a number is left out.
         parity: The files and their comparisons.
+        sections: Further sections as HTML, after the comparisons; empty ones are left out.
         checks: Further checks.
         separation: How far apart the encoder holds different images. Its warnings are added to the page's.
         gallery: Images with their nearest neighbours.
@@ -100,6 +102,7 @@ def write_report(
         results=results,
         columns={name for name in vars(ResultRow("")) if any(getattr(row, name) not in (None, "") for row in results)},
         parity=[(block, block.shown_rows()) for block in parity],
+        sections=[section for section in sections if section],
         noise_multiple=NOISE_MULTIPLE,
         checks=checks,
         separation=separation,
@@ -133,6 +136,15 @@ def drift_svg(series: Mapping[str, Sequence[Any]], *, title: str = "", verdict: 
     """
     template = _environment().get_template("drift.svg.j2")
     return template.render(drawn=draw_drift(series), title=f"{title}. {verdict}", alone=_DRIFT_STYLE).strip() + "\n"
+
+
+def render(name: str, **values: Any) -> str:
+    """A template of this package, such as a section of the page.
+
+    Raises:
+        MissingExtraError: Jinja2 is not installed.
+    """
+    return _environment().get_template(name).render(**values)
 
 
 def _environment() -> jinja2.Environment:

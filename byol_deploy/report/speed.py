@@ -10,7 +10,6 @@ import io
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw, ImageFont
 
 from byol_deploy.atomic import publish_file
+from byol_deploy.drawing import log_range, log_ticks
 from byol_deploy.errors import UsageError
 from byol_deploy.parity import MOST_MARGIN
-from byol_deploy.report.page import _environment, write_report
+from byol_deploy.report.page import render, write_report
 
 if TYPE_CHECKING:
     from byol_deploy.pipeline.benching.rows import SpeedReport, SpeedRow
@@ -62,11 +62,7 @@ def write_speed_plot(path: str | os.PathLike[str], report: SpeedReport) -> None:
     kind = check_plot(path)
     drawn = draw_speed(report.rows)
     if kind == "svg":
-        text = (
-            _environment()
-            .get_template("speed.svg.j2")
-            .render(drawn=drawn, ink=_INK, alone=_ALONE, marks=MARKS, key=_KEY)
-        )
+        text = render("speed.svg.j2", drawn=drawn, ink=_INK, alone=_ALONE, marks=MARKS, key=_KEY)
         content = (text.strip() + "\n").encode("utf-8", "backslashreplace")
     else:
         content = _png(drawn)
@@ -80,10 +76,9 @@ def speed_section(report: SpeedReport) -> str:
     Raises:
         MissingExtraError: Jinja2 is not installed.
     """
-    template = _environment().get_template("speed.html.j2")
     base = next((row.base for row in report.rows if row.base), "")
-    return template.render(report=report, drawn=draw_speed(report.rows), base=base, ink=_INK, rows=_grouped(report),
-                           marks=MARKS, key=_KEY)  # fmt: skip
+    return render("speed.html.j2", report=report, drawn=draw_speed(report.rows), base=base, ink=_INK,
+                  rows=_grouped(report), marks=MARKS, key=_KEY)  # fmt: skip
 
 
 def write_speed_report(path: str | os.PathLike[str], report: SpeedReport, command: str = "") -> None:
@@ -107,22 +102,16 @@ def write_speed_report(path: str | os.PathLike[str], report: SpeedReport, comman
         else f"Of {len(states)} rows {told}"
     )
     trust = "" if report.reliable else " The times are not reliable: see the warning."
-    with tempfile.TemporaryDirectory(prefix="byol-deploy-report-") as folder:
-        # The ordinary page, and the section as the first thing in it.
-        page = Path(folder) / "page.html"
-        write_report(
-            page,
-            title=f"Speed of {', '.join(Path(item).name for item in report.paths)}",
-            passed=report.passed,
-            verdict=f"{told}.{trust}",
-            facts={"Where it was measured": [(name, text) for name, text in report.host.items() if text]},
-            commands=[command] if command else [],
-            warnings=[warning[:1].upper() + warning[1:] for warning in report.warnings],
-        )
-        html = page.read_text(encoding="utf-8")
-    before, opening, after = html.partition("<main>\n")
-    with publish_file(path, force=True) as file:
-        file.write((before + opening + speed_section(report) + after).encode("utf-8", "backslashreplace"))
+    write_report(
+        path,
+        title=f"Speed of {', '.join(Path(item).name for item in report.paths)}",
+        passed=report.passed,
+        verdict=f"{told}.{trust}",
+        sections=[speed_section(report)],
+        facts={"Where it was measured": [(name, text) for name, text in report.host.items() if text]},
+        commands=[command] if command else [],
+        warnings=[warning[:1].upper() + warning[1:] for warning in report.warnings],
+    )
 
 
 _SAID = {"passed": "computed what was trained", "failed": "did not", "not compared": "could not be compared",
@@ -153,9 +142,9 @@ def draw_speed(rows: Sequence[SpeedRow]) -> dict[str, Any]:
     }  # fmt: skip
     if not timed:
         return drawn
-    low_x, high_x = _padded([math.log10(row.p50_ms) for row in timed if row.p50_ms])
+    low_x, high_x = log_range([math.log10(row.p50_ms) for row in timed if row.p50_ms])
     margins = [margin for row in timed if (margin := row.fidelity.margin) is not None and 0 < margin < math.inf]
-    low_y, high_y = _padded([math.log10(margin) for margin in [*margins, MOST_MARGIN]])
+    low_y, high_y = log_range([math.log10(margin) for margin in [*margins, MOST_MARGIN]])
 
     def across(value: float) -> float:
         return left + (math.log10(value) - low_x) / (high_x - low_x) * (right - left)
@@ -171,7 +160,7 @@ def draw_speed(rows: Sequence[SpeedRow]) -> dict[str, Any]:
         return bottom - _STRIP - share * (bottom - top - 2 * _STRIP)
 
     drawn["limit"] = height(MOST_MARGIN)
-    drawn["x_ticks"] = [(across(value), f"{value:g}") for value in _round_values(low_x, high_x)]
+    drawn["x_ticks"] = [(across(value), f"{value:g}") for value in log_ticks(low_x, high_x)]
     every = max(1, math.ceil((high_y - low_y) / 8))
     drawn["y_ticks"] = [
         (height(10.0**power), f"1e{power}") for power in range(math.ceil(low_y), math.floor(high_y) + 1, every)
@@ -256,20 +245,6 @@ def _labels(rows: Sequence[SpeedRow], names: Sequence[str], drawn: dict[str, Any
 
 def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _padded(exponents: Sequence[float]) -> tuple[float, float]:
-    """A range of exponents with some air, at least a factor of 4 wide."""
-    low, high = min(exponents), max(exponents)
-    air = max(0.08 * (high - low), (0.6 - (high - low)) / 2)
-    return low - air, high + air
-
-
-def _round_values(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... between two exponents, fewer where there are many."""
-    powers = range(math.floor(low), math.ceil(high) + 1)
-    steps = (1, 2, 5) if high - low < 2.2 else (1, 3) if high - low < 4 else (1,)
-    return [step * 10.0**power for power in powers for step in steps if low <= math.log10(step * 10.0**power) <= high]
 
 
 def _grouped(report: SpeedReport) -> list[tuple[str, list[SpeedRow]]]:

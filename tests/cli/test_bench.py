@@ -57,7 +57,7 @@ def test_a_file_that_fails_its_comparison_ends_with_5(
 
     path = tmp_path / "model.onnx"
     model = onnx.load(tiny_bundle / "model.onnx")
-    tensor = next(item for item in model.graph.initializer if item.name == "preprocessing.mean")
+    tensor = next(item for item in model.graph.initializer if item.name == "preprocessing.shift")
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 0.1, tensor.name))
     onnx.save(model, path)
     done = run(path, *QUICK)

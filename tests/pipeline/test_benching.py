@@ -39,7 +39,7 @@ def changed(bundle: Path, path: Path, by: float = 0.1) -> Path:
     from onnx import numpy_helper
 
     model = onnx.load(bundle / "model.onnx")
-    tensor = next(item for item in model.graph.initializer if item.name == "preprocessing.mean")
+    tensor = next(item for item in model.graph.initializer if item.name == "preprocessing.shift")
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(by), tensor.name))
     onnx.save(model, path)
     return path
