@@ -138,7 +138,7 @@ def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
     bundle = work / "bundle"
     if not bundle.exists():
         with (work / "export.log").open("w") as said:
-            export(run_dir, formats=("onnx", "openvino"), precisions=("int8", "bf16"), tune_s=60, data=folder,
+            export(run_dir, formats=("onnx", "openvino"), precisions=("int8", "bf16"), tune_s=120, data=folder,
                    out=bundle, outputs=["embedding"], say=lambda line: print(line, file=said, flush=True))  # fmt: skip
     manifest = Bundle.open(bundle).manifest
     assert manifest.tuned is not None

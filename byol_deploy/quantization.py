@@ -257,6 +257,10 @@ def search(
     reach the goal, each layer is reduced alone, the layers are ordered by the drift that they cause, and the fewest of
     them that must go back to float32 are found by bisection.
 
+    A file that is the first of several to keep just enough neighbours of these images keeps fewer of others. The
+    bisection therefore aims at half of the loss that the goal allows; where that is out of reach, or not faster, the
+    file that keeps the most neighbours is taken among those that reach the goal itself.
+
     Args:
         reducer: Writes the files.
         open_file: Opens a written file.
@@ -284,24 +288,39 @@ def search(
     for method in reducer.methods:
         trials.append(bench.trial(method, ()))
         say(_line(precision, trials[-1]))
-    best = min(trials, key=lambda trial: (not trial.passed, trial.drift))
+    aim = (1.0 + goal.agreement) / 2
+
+    def safe(trial: Trial) -> bool:
+        return trial.passed and trial.agreement >= aim
+
+    best = min(trials, key=lambda trial: (not safe(trial), not trial.passed, trial.drift))
     sensitivity: dict[str, float] = {}
-    if not best.passed and reducer.layers:
+    if not safe(best) and reducer.layers:
         say(f"{precision}: measuring what each of {len(reducer.layers)} layers does alone")
         sensitivity = {layer: bench.alone(best.method, layer) for layer in reducer.layers}
         order = sorted(reducer.layers, key=lambda layer: -sensitivity[layer])
-        found = _fewest(order, lambda kept: bench.trial(best.method, kept), trials, lambda trial: say(
-            _line(precision, trial)))  # fmt: skip
-        best = found or best
-    chosen, reason = _choose(trials, best, goal, precision, must_be_faster, len(reducer.layers))
+
+        def measured(kept: tuple[str, ...]) -> Trial:
+            trials.append(bench.trial(best.method, kept))
+            say(_line(precision, trials[-1]))
+            return trials[-1]
+
+        _bisect(order, measured, safe)
+    chosen, reason = _choose(trials, safe, goal, precision, must_be_faster, len(reducer.layers))
     return Trade(precision, goal, tuple(trials), chosen, reason, sensitivity, len(images), len(calibration.images),
                  calibration.target)  # fmt: skip
 
 
 def _choose(
-    trials: Sequence[Trial], best: Trial, goal: Goal, precision: str, must_be_faster: bool, layers: int
+    trials: Sequence[Trial],
+    safe: Callable[[Trial], bool],
+    goal: Goal,
+    precision: str,
+    must_be_faster: bool,
+    layers: int,
 ) -> tuple[Trial | None, str]:
-    if not best.passed:
+    passed = [trial for trial in trials if trial.passed]
+    if not passed:
         near = min(trials, key=lambda trial: trial.drift)
         return None, (
             f"{precision} cannot reach the goal: the best of {len(trials)} tried files keeps {near.agreement:.1%} of "
@@ -310,51 +329,40 @@ def _choose(
             f"are asked for; calibrate with more images like those of production, or ask for less (--agreement "
             f"{max(near.agreement - 0.005, 0.01):.2f})"
         )
-    if layers and len(best.kept) == layers:
+    reduced = [trial for trial in passed if not layers or len(trial.kept) < layers]
+    if not reduced:
         return None, (
             f"{precision} reaches the goal only with all {layers} layers in float32, which is no {precision}; "
             "calibrate with more images like those of production, or ask for less (--agreement)"
         )
-    if must_be_faster and best.latency >= 1.0:
+    faster = [trial for trial in reduced if trial.latency < 1.0 or not must_be_faster]
+    if not faster:
+        near = min(reduced, key=lambda trial: trial.latency)
         return None, (
-            f"{precision} is not faster here: {best.latency:.2f} times the float32 file's time with {len(best.kept)} "
+            f"{precision} is not faster here: {near.latency:.2f} times the float32 file's time with {len(near.kept)} "
             "layers kept in float32; leave this precision out, or name the processor it is for with --target"
         )
-    return best, ""
+    sure = [trial for trial in faster if safe(trial)]
+    if sure:
+        return min(sure, key=lambda trial: (len(trial.kept), trial.drift)), ""
+    return max(faster, key=lambda trial: (trial.agreement, -len(trial.kept))), ""
 
 
-def _fewest(
-    order: Sequence[str],
-    measure_kept: Callable[[tuple[str, ...]], Trial],
-    trials: list[Trial],
-    tell: Callable[[Trial], None],
-) -> Trial | None:
-    """The passing trial with the shortest prefix of ``order`` kept: doubled until one passes, then bisected."""
-
-    def at(count: int) -> Trial:
-        trial = measure_kept(tuple(order[:count]))
-        trials.append(trial)
-        tell(trial)
-        return trial
-
-    low, high, found = 0, 1, None
-    while True:
-        high = min(high, len(order))
-        trial = at(high)
-        if trial.passed:
-            found = trial
-            break
+def _bisect(
+    order: Sequence[str], measured: Callable[[tuple[str, ...]], Trial], enough: Callable[[Trial], bool]
+) -> None:
+    """Measure with ever more of ``order`` kept, doubled until that is enough, then bisected to the fewest."""
+    low, high = 0, min(1, len(order))
+    while not enough(measured(tuple(order[:high]))):
         if high == len(order):
-            return None
-        low, high = high, 2 * high
+            return
+        low, high = high, min(2 * high, len(order))
     while high - low > 1:
         middle = (low + high) // 2
-        trial = at(middle)
-        if trial.passed:
-            high, found = middle, trial
+        if enough(measured(tuple(order[:middle]))):
+            high = middle
         else:
             low = middle
-    return found
 
 
 class _Bench:

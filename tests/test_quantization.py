@@ -11,7 +11,17 @@ import pytest
 
 from byol_deploy import quantization
 from byol_deploy.errors import UsageError
-from byol_deploy.quantization import Calibration, Goal, Outliers, Trade, resolve_target, search, this_target
+from byol_deploy.quantization import (
+    Calibration,
+    Goal,
+    Outliers,
+    Trade,
+    Trial,
+    _choose,
+    resolve_target,
+    search,
+    this_target,
+)
 
 WIDTH = 24
 IMAGES = np.random.default_rng(1).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
@@ -90,6 +100,25 @@ def test_the_fewest_layers_go_back_that_reach_the_goal(tmp_path: Path) -> None:
     assert document["kept"] == ["b", "d"]
     assert len(document["trials"]) == len(trade.trials)
     assert "chosen" in trade.table()
+
+
+def trial(kept: int, agreement: float, latency: float = 0.5) -> Trial:
+    return Trial("", LAYERS[:kept], agreement, 0.1, 0.1, 0.1, latency, 1, passed=agreement >= 0.98)
+
+
+@pytest.mark.parametrize(
+    ("trials", "kept"),
+    [
+        pytest.param([trial(0, 0.9), trial(1, 0.982), trial(2, 0.992), trial(3, 1.0)], 2, id="half of the loss"),
+        pytest.param([trial(0, 0.9), trial(1, 0.982), trial(2, 0.985)], 2, id="the most neighbours"),
+        pytest.param([trial(1, 0.982), trial(2, 0.992, latency=1.1)], 1, id="faster comes first"),
+        pytest.param([trial(1, 0.982), trial(4, 1.0)], 1, id="all layers is no choice"),
+    ],
+)
+def test_the_first_of_several_that_is_just_good_enough_is_not_trusted(trials: list[Trial], kept: int) -> None:
+    chosen, reason = _choose(trials, lambda one: one.agreement >= 0.99, Goal(), "int8", True, len(LAYERS))
+    assert chosen is not None, reason
+    assert len(chosen.kept) == kept
 
 
 def test_a_file_that_reaches_the_goal_at_once_costs_no_search(tmp_path: Path) -> None:

@@ -213,7 +213,10 @@ def _load(path: Path) -> Any:
 
 def _save(model: Any, path: Path, carried: Mapping[str, str]) -> None:
     import onnx
+    from onnxruntime.quantization.onnx_model import ONNXModel
 
+    # ONNX wants nodes in the order of their values, which ONNX Runtime's own tools do not keep.
+    ONNXModel(model).topological_sort()
     model.producer_name = model.producer_version = ""
     onnx.helper.set_model_props(model, dict(carried))
     onnx.save(model, path)

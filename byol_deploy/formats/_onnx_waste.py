@@ -1,4 +1,4 @@
-"""What PyTorch's exporter computes in a roundabout way, said directly: fewer operators, the same numbers or nearer ones.
+"""What PyTorch's exporter computes in a roundabout way, said directly: fewer operators for the same numbers.
 
 The passes of onnxscript's optimiser come first (:func:`byol_deploy.formats.onnx._tidy`); these know what the exporter
 writes for the modules of vision backbones. Every rule looks at the shapes and constants that make it right, and leaves
@@ -15,8 +15,8 @@ import numpy as np
 def without_strides(program: Any) -> None:
     """Pool to one pixel by a mean, before the exporter takes the program.
 
-    PyTorch decomposes ``adaptive_avg_pool2d(x, 1)`` into a mean and ``as_strided``, which becomes a Gather whose indices
-    are computed from the batch size: eleven operators.
+    PyTorch decomposes ``adaptive_avg_pool2d(x, 1)`` into a mean and ``as_strided``, which becomes a Gather whose
+    indices are computed from the batch size: eleven operators.
 
     Args:
         program: A ``torch.export.ExportedProgram``, changed in place.
@@ -197,5 +197,3 @@ def _replace(graph: Any, node: Any, value: Any) -> None:
     for user, index in list(old.uses()):
         user.replace_input_with(index, value)
     graph.remove(node, safe=True)
-
-

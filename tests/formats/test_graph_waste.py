@@ -18,8 +18,8 @@ from byol_deploy.training.backbones import build_backbone
 from byol_deploy.training.byol import BYOL
 
 SIZE = 64
-# What the architecture itself has, and nothing else: one Transpose and one Cast for the uint8 NHWC input, one Mul and one
-# Add for mean and deviation. The stored weights of linear layers are transposed, which an engine does once, on loading.
+# What the architecture itself has, and nothing else: one Transpose and one Cast for the uint8 NHWC input, one Mul and
+# one Add for mean and deviation. Stored weights of linear layers are transposed, which an engine does once, on loading.
 KNOWN: dict[str, tuple[dict[str, object], dict[str, int]]] = {
     "resnet18": (
         {},
