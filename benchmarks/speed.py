@@ -164,7 +164,8 @@ def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
     ours = Encoder(bundle)
     runs[OURS] = lambda given: ours.run(given)["embedding"]
     tuned = entries[manifest.tuned.file]
-    bare = formats.get(tuned.format).load(bundle / tuned.file, RunOptions(threads=manifest.tuned.threads))
+    options = RunOptions(threads=manifest.tuned.threads, allow_spinning=manifest.tuned.allow_spinning)
+    bare = formats.get(tuned.format).load(bundle / tuned.file, options)
     runs["its bare session"] = native(bare)
     runs |= others(graph, images["gallery"][:CALIBRATING], work)
 
@@ -194,7 +195,8 @@ def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
         "family": encoder.family,
         "images": "ELPV solar cells" if encoder.cells else "Fashion-MNIST",
         "size_px": graph.size_px,
-        "tuned": {"file": manifest.tuned.file, "threads": manifest.tuned.threads},
+        "tuned": {"file": manifest.tuned.file, "threads": manifest.tuned.threads,
+                  "allow_spinning": manifest.tuned.allow_spinning},
         "bytes": {file: entry.bytes + sum(extra.bytes for extra in entry.extra_files)
                   for file, entry in entries.items()},
         "reduction": {file: {key: dict(entry.reduction)[key] for key in ("method", "kept", "trials")}

@@ -93,11 +93,13 @@ class Tuned:
     Attributes:
         file: The artefact.
         threads: Threads inside an operator.
-        evidence: What was measured: machine, time budget, and one entry for each candidate.
+        allow_spinning: Whether idle threads wait busily.
+        evidence: What was measured: machine, time budget, and one entry for each batch size and candidate.
     """
 
     file: str
     threads: int
+    allow_spinning: bool = True
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -466,7 +468,10 @@ def _tuned(read: _Reader, artefacts: Sequence[Artefact]) -> Tuned | None:
     if read.data.get("tuned") is None:
         return None
     section = read.section("tuned")
-    found = Tuned(section.path("file"), section.count("threads", 1), section.mapping("evidence"))
+    spinning = section.data.get("allow_spinning", True)  # absent in older bundles
+    if not isinstance(spinning, bool):
+        section.fault("allow_spinning", "true or false")
+    found = Tuned(section.path("file"), section.count("threads", 1), bool(spinning), section.mapping("evidence"))
     if found.file not in [artefact.file for artefact in artefacts]:
         section.fault("file", "one of the artefacts")
     return found

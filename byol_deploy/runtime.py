@@ -85,7 +85,7 @@ class Encoder:
         outputs: str | Sequence[str] | None = None,
         precision: str | None = None,
         prefer: Literal["speed", "accuracy"] = "speed",
-        allow_spinning: bool = True,
+        allow_spinning: bool | None = None,
     ) -> None:
         """Open a bundle, or a lone file that byol-deploy wrote.
 
@@ -100,7 +100,7 @@ class Encoder:
             prefer: "speed" takes the file that ``export --tune`` chose, and without tuning the float32 one; "accuracy"
                 always takes float32. Of no effect on a lone file.
             allow_spinning: Whether idle threads wait busily: least latency, at the cost of a core's time. Switch it
-                off where several processes share the cores.
+                off where several processes share the cores. None takes what tuning chose, otherwise True.
 
         Raises:
             BundleError: Absent, damaged, foreign, or from a newer schema.
@@ -116,8 +116,9 @@ class Encoder:
             entry = _chosen(bundle, precision, prefer, shown)
             file, format = self.path / entry.file, formats.get(entry.format)
             tuned = self.manifest.tuned
-            if threads is None and tuned is not None and tuned.file == entry.file:
-                threads = min(tuned.threads, usable_cores())
+            if tuned is not None and tuned.file == entry.file:
+                threads = min(tuned.threads, usable_cores()) if threads is None else threads
+                allow_spinning = tuned.allow_spinning if allow_spinning is None else allow_spinning
         else:
             file, format = self.path, _format_of(self.path, shown)
         _require(format, shown)
@@ -133,7 +134,7 @@ class Encoder:
         widths = [self.manifest.output(name).width for name in self.outputs]
         self.width = widths[0]
         # The heads may be half of the work, and few ask for them.
-        chosen = RunOptions(provider, threads, outputs=self.outputs, allow_spinning=allow_spinning)
+        chosen = RunOptions(provider, threads, outputs=self.outputs, allow_spinning=allow_spinning is not False)
         self._opened = format.load(file, chosen)
         self.session, self.provider = self._opened.session, self._opened.provider
         _check_graph(self._opened, self.manifest, shown)

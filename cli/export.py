@@ -104,11 +104,7 @@ def export(
         f"stripped {len(manifest.model.stripped_keys)} keys of the momentum branch; "
         f"online parameters {manifest.model.parameter_hash}",
         *(f"WARNING {warning}" for warning in warnings),
-        *(
-            [f"tuned for this machine: {manifest.tuned.file}, {manifest.tuned.threads} threads"]
-            if manifest.tuned
-            else []
-        ),
+        *([f"tuned for this machine: {manifest.tuned.evidence['chosen']}"] if manifest.tuned else []),
         f"published {bundle.path}",
     ]
     emit({"path": str(bundle.path), "passed": True, **manifest.to_dict()}, "\n".join(lines), as_json=json)

@@ -122,6 +122,8 @@ class Format(Protocol):
     """Whether a float32 file holds the trained tensors bit for bit under their own names."""
     shows_layers: bool
     """Whether :meth:`layers` can look inside a file."""
+    can_wait_idly: bool
+    """Whether its runtime can be told that idle threads shall not wait busily, see :class:`RunOptions`."""
     optimizations: tuple[str, ...]
     """Levels of graph optimisation that its runtime offers beside the default; what it computes must not depend on
     them."""

@@ -21,6 +21,7 @@ class Defaults:
     precisions: tuple[str, ...] = ("fp32",)
     keeps_tensors = False
     shows_layers = False
+    can_wait_idly = False
     optimizations: tuple[str, ...] = ()
 
     def reducer(

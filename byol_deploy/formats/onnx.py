@@ -49,6 +49,7 @@ class _Onnx:
     precisions = ("fp32", "fp16", "int8")
     keeps_tensors = True
     shows_layers = True
+    can_wait_idly = True
     optimizations = ("none",)
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:

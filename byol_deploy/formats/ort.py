@@ -52,6 +52,7 @@ class _Ort(SidecarFormat):
     runs_with = ("onnxruntime",)
     opens_in_encoder = True
     precisions = ("fp32", "int8")
+    can_wait_idly = True
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""

@@ -2,8 +2,9 @@
 
 Only files that passed the fidelity gate take part, so the choice is about time alone. Measured are one image at a time
 and a small batch, the deployed output only: files of formats and precisions, each with one thread and with all that
-this process may use. The choice has the smallest geometric mean of both times: one image alone hides what threads are
-good for, a batch alone hides what a call costs, and an :class:`~byol_deploy.Encoder` is given both.
+this process may use, and there with threads that wait busily or idly where the runtime knows the choice. Chosen is the
+smallest geometric mean of both times: one image alone hides what threads are good for, a batch alone hides what a call
+costs, and an :class:`~byol_deploy.Encoder` is given both.
 """
 
 from __future__ import annotations
@@ -67,19 +68,20 @@ def tune(
     Raises:
         UsageError: No file can take part, or the budget is too small to decide.
     """
-    runs: dict[str, tuple[Opened, Artefact, int]] = {}
+    runs: dict[str, tuple[Opened, Artefact, RunOptions]] = {}
     for artefact in artefacts:
         format = formats.get(artefact.format)
         if not (format.opens_in_encoder and artefact.parity.get("passed")):
             continue
-        for threads in sorted({1, usable_cores()}, reverse=True):
-            name = f"{artefact.file}, {threads} thread{'s' if threads > 1 else ''}"
-            runs[name] = format.load(folder / artefact.file, RunOptions(threads=threads)), artefact, threads
+        for options in _options(format):
+            name = f"{artefact.file}, {options.threads} thread{'s' if options.threads != 1 else ''}"
+            name += "" if options.allow_spinning else " waiting idly"
+            runs[name] = format.load(folder / artefact.file, options), artefact, options
     if not runs:
         raise UsageError("there is nothing to tune: no file of this bundle runs without PyTorch; add --format onnx")
     first = next(iter(runs))
-    _, artefact, threads = runs[first]
-    again = formats.get(artefact.format).load(folder / artefact.file, RunOptions(threads=threads))
+    _, artefact, options = runs[first]
+    again = formats.get(artefact.format).load(folder / artefact.file, options)
     say(f"measuring {len(runs)} candidates within {budget_s:g} s")
     began, left = time.perf_counter(), budget_s
     scores: dict[str, list[float]] = {name: [] for name in runs}
@@ -117,9 +119,17 @@ def tune(
         left = budget_s - (time.perf_counter() - began)
     best = min(scores, key=lambda name: math.prod(scores[name]))
     say(f"tuned: {best}")
-    _, artefact, threads = runs[best]
-    evidence = {"machine": describe_host(), "budget_s": budget_s, "batches": measured}
-    return Tuned(artefact.file, threads, evidence)
+    _, artefact, options = runs[best]
+    evidence = {"machine": describe_host(), "budget_s": budget_s, "chosen": best, "batches": measured}
+    return Tuned(artefact.file, options.threads or usable_cores(), options.allow_spinning, evidence)
+
+
+def _options(format: formats.Format) -> list[RunOptions]:
+    """With all threads and with one; what threads wait like matters where there are several."""
+    cores = usable_cores()
+    several = [RunOptions(threads=cores)] if cores > 1 else []
+    idle = [RunOptions(threads=cores, allow_spinning=False)] if several and format.can_wait_idly else []
+    return [*several, *idle, RunOptions(threads=1)]
 
 
 def _run(opened: Opened, images: np.ndarray, output: str) -> object:

@@ -40,7 +40,7 @@ def tuned_section(tuned: Tuned | None) -> str:
     """
     if tuned is None or not tuned.evidence.get("batches"):
         return ""
-    return render("tuned.html.j2", tuned=tuned, chosen=f"{tuned.file}, {tuned.threads} thread")
+    return render("tuned.html.j2", tuned=tuned)
 
 
 def used_of_goal(trial: Mapping[str, Any], goal: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from byol_deploy import Bundle, Encoder, calibration, export, formats, verify
+from byol_deploy import Bundle, Encoder, calibration, cores, export, formats, verify
 from byol_deploy.errors import BundleError, DataError, ExportError, MissingExtraError, ParityError, UsageError
 from byol_deploy.quantization import Goal
 from byol_deploy.selftest import self_test
@@ -130,7 +130,10 @@ def test_tuning_chooses_by_measurement_and_says_on_what(tuned: Path) -> None:
     assert len(one) >= 2 * len(manifest.artefacts) - 2
     assert set(eight) <= set(one)
     best = min(eight, key=lambda name: one[name] * eight[name])
+    assert best == evidence["chosen"]
     assert best.startswith(f"{manifest.tuned.file}, {manifest.tuned.threads} thread")
+    assert best.endswith("waiting idly") is not manifest.tuned.allow_spinning
+    assert "model.onnx, 2 threads waiting idly" in one or cores.usable_cores() != 2
     assert all(found["control"]["tolerance"] > 0 for found in evidence["batches"].values())
 
 
@@ -185,11 +188,11 @@ def test_a_precision_that_cannot_run_here_is_written_and_never_called_verified(
     assert "Traceback" not in listed.stderr  # type: ignore[attr-defined]
 
 
-def as_tuned(tuned: Path, target: Path, file: str, threads: int = 1) -> Path:
+def as_tuned(tuned: Path, target: Path, file: str, threads: int = 1, allow_spinning: object = True) -> Path:
     """The same bundle, with this file as what tuning chose."""
     shutil.copytree(tuned, target)
     manifest = json.loads((target / "manifest.json").read_text())
-    manifest["tuned"] |= {"file": file, "threads": threads}
+    manifest["tuned"] |= {"file": file, "threads": threads, "allow_spinning": allow_spinning}
     (target / "manifest.json").write_text(json.dumps(manifest))
     return target
 
@@ -201,6 +204,20 @@ def test_the_encoder_follows_the_choice_unless_told_otherwise(tuned: Path, fashi
     assert (fast.provider, fast.threads) == ("CPU", 1)
     assert exact.provider == "CPUExecutionProvider"
     assert np.allclose(fast(images), exact(images), rtol=1e-3, atol=1e-4)
+
+
+def test_the_encoder_waits_as_it_was_tuned_unless_told_otherwise(tuned: Path, tmp_path: Path) -> None:
+    def spins(encoder: Encoder) -> str:
+        options = encoder.session.get_session_options()
+        return str(options.get_session_config_entry("session.intra_op.allow_spinning"))
+
+    idle = as_tuned(tuned, tmp_path / "idle", "model.onnx", threads=2, allow_spinning=False)
+    assert spins(Encoder(idle)) == "0"
+    assert spins(Encoder(idle, allow_spinning=True)) == "1"
+    busy = as_tuned(tuned, tmp_path / "busy", "model.onnx", threads=2)
+    assert spins(Encoder(busy)) == "1"
+    with pytest.raises(BundleError, match=r"tuned\.allow_spinning is 3; it must be true or false"):
+        Encoder(as_tuned(tuned, tmp_path / "odd", "model.onnx", allow_spinning=3))
 
 
 def test_an_engine_that_is_not_installed_is_no_silent_fallback(
