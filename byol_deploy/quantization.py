@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from byol_deploy.bench import measure
+from byol_deploy.bench import time_block
 from byol_deploy.environment import cpu
 from byol_deploy.errors import DataError, UsageError
 from byol_deploy.parity import MOST_MARGIN, as_rows, neighbour_agreement, separation_margin
@@ -30,7 +30,10 @@ _FEW = 32
 """Images for what a layer does alone: its drift is a mean, which needs fewer images than the neighbours do, and layers
 differ by factors."""
 _BATCH = 32
-_ROUNDS = 9
+_ROUNDS, _CALLS = 5, 3
+"""Of the times, a round of both files in turn."""
+_AT_THE_FLOOR = 1.1
+"""A drift within this factor of the one with all layers kept gets no better by keeping more."""
 
 
 def this_target() -> str | None:
@@ -258,8 +261,9 @@ def search(
     them that must go back to float32 are found by bisection.
 
     A file that is the first of several to keep just enough neighbours of these images keeps fewer of others. The
-    bisection therefore aims at half of the loss that the goal allows; where that is out of reach, or not faster, the
-    file that keeps the most neighbours is taken among those that reach the goal itself.
+    bisection therefore aims at half of the loss that the goal allows, or at what is left when every layer is kept,
+    where the format computes kept layers in something narrower than float32. Where that is out of reach, or not
+    faster, the file that keeps the most neighbours is taken among those that reach the goal itself.
 
     Args:
         reducer: Writes the files.
@@ -289,9 +293,10 @@ def search(
         trials.append(bench.trial(method, ()))
         say(_line(precision, trials[-1]))
     aim = (1.0 + goal.agreement) / 2
+    floor = 0.0
 
     def safe(trial: Trial) -> bool:
-        return trial.passed and trial.agreement >= aim
+        return trial.passed and (trial.agreement >= aim or trial.drift <= _AT_THE_FLOOR * floor)
 
     best = min(trials, key=lambda trial: (not safe(trial), not trial.passed, trial.drift))
     sensitivity: dict[str, float] = {}
@@ -305,7 +310,10 @@ def search(
             say(_line(precision, trials[-1]))
             return trials[-1]
 
-        _bisect(order, measured, safe)
+        ends = measured(tuple(order))
+        floor = ends.drift
+        if ends.passed:
+            _bisect(order, measured, safe)
     chosen, reason = _choose(trials, safe, goal, precision, must_be_faster, len(reducer.layers))
     return Trade(precision, goal, tuple(trials), chosen, reason, sensitivity, len(images), len(calibration.images),
                  calibration.target)  # fmt: skip
@@ -351,11 +359,9 @@ def _choose(
 def _bisect(
     order: Sequence[str], measured: Callable[[tuple[str, ...]], Trial], enough: Callable[[Trial], bool]
 ) -> None:
-    """Measure with ever more of ``order`` kept, doubled until that is enough, then bisected to the fewest."""
-    low, high = 0, min(1, len(order))
-    while not enough(measured(tuple(order[:high]))):
-        if high == len(order):
-            return
+    """Measure with ever more of ``order`` kept, doubled until that is enough or all, then bisected to the fewest."""
+    low, high = 0, min(max(1, len(order) // 16), len(order))
+    while high < len(order) and not enough(measured(tuple(order[:high]))):
         low, high = high, min(2 * high, len(order))
     while high - low > 1:
         middle = (low + high) // 2
@@ -397,29 +403,32 @@ class _Bench:
 
     def trial(self, method: str, kept: tuple[str, ...]) -> Trial:
         run, size = self._open(method, kept)
-        outputs = _batches(run, self.images)
-        found = outputs[self.name]
-        if not _finite(outputs):
+        outputs = self._outputs(run, self.images)
+        if outputs is None:
             return Trial(method, kept, 0.0, math.inf, math.inf, math.inf, math.inf, size, passed=False)
+        found = outputs[self.name]
         margin = separation_margin(found, self.expected)
         agreement = neighbour_agreement(self.expected, found)
         if margin is None or agreement is None:
             # It gives one embedding for all images: the reference does not, see below.
             margin, agreement = math.inf, 0.0
         one = self.images[:1]
-        timing = measure({"full": lambda: self.full(one), "reduced": lambda: run(one)}, repeats=_ROUNDS, warmup=2)
+        latency = float(np.median([
+            np.median(time_block(lambda: run(one), _CALLS)) / np.median(time_block(lambda: self.full(one), _CALLS))
+            for _ in range(_ROUNDS)
+        ]))  # fmt: skip
         heads = self._used(outputs, self.real, outputs)
         outliers = max([heads[name] for name in heads if name != self.name] + [self._beyond(run, outputs)])
         passed = margin <= self.goal.margin and agreement >= self.goal.agreement and outliers <= 1.0
         drift = self._drift(found, self.expected)
-        return Trial(method, kept, agreement, margin, outliers, drift, timing["reduced"].ratio, size, passed)
+        return Trial(method, kept, agreement, margin, outliers, drift, latency, size, passed)
 
     def alone(self, method: str, layer: str) -> float:
         """The drift when this layer alone is reduced; infinite where the outputs are not finite."""
         run, _ = self._open(method, [name for name in self.reducer.layers if name != layer])
-        outputs = _batches(run, self.images[:_FEW])
-        odd = {} if self.outliers is None else _batches(run, self.outliers.images)
-        if not (_finite(outputs) and _finite(odd)):
+        outputs = self._outputs(run, self.images[:_FEW])
+        odd = {} if self.outliers is None else self._outputs(run, self.outliers.images)
+        if outputs is None or odd is None:
             return math.inf
         found = [self._share(outputs, self.real, outputs)]
         if self.outliers is not None:
@@ -445,8 +454,8 @@ class _Bench:
         outliers = self.outliers
         if outliers is None:
             return 0.0
-        outputs = _batches(run, outliers.images)
-        if not _finite(outputs):
+        outputs = self._outputs(run, outliers.images)
+        if outputs is None:
             return math.inf
         return max(self._used(outputs, outliers, real).values())
 
@@ -461,16 +470,31 @@ class _Bench:
 
     def _open(self, method: str, kept: Sequence[str]) -> tuple[Run, int]:
         further = self.reducer.write(self.path, {}, method, kept)
-        return self.open_file(self.path), sum(item.stat().st_size for item in (self.path, *further))
+        size = sum(item.stat().st_size for item in (self.path, *further))
+        try:
+            return self.open_file(self.path), size
+        except Exception as error:
+            return _raises(error), size
+
+    @staticmethod
+    def _outputs(run: Run, images: np.ndarray) -> dict[str, np.ndarray] | None:
+        """What a file gives; None where that is not finite, or where the engine cannot run it.
+
+        Engines have bugs: a mixture of precisions that one of them cannot run is no choice, and no reason to stop.
+        """
+        try:
+            parts = [run(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)]
+        except Exception:
+            return None
+        found = {name: as_rows(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+        return found if all(np.isfinite(values).all() for values in found.values()) else None
 
 
-def _batches(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
-    parts = [run(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)]
-    return {name: as_rows(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+def _raises(error: Exception) -> Run:
+    def run(images: np.ndarray) -> Outputs:
+        raise error
 
-
-def _finite(outputs: Outputs) -> bool:
-    return all(np.isfinite(values).all() for values in outputs.values())
+    return run
 
 
 def _line(precision: str, trial: Trial) -> str:

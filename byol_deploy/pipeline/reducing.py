@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from byol_deploy import calibration as kept_images
+from byol_deploy.cores import usable_cores
 from byol_deploy.errors import DataError, UsageError
 from byol_deploy.formats import Format, RunOptions, Signature
 from byol_deploy.images import find_images
@@ -161,7 +162,7 @@ def reduce(
     reducer = format.reducer(graph, signature, full, precision, material.calibration)
 
     def open_file(file: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-        opened = format.load(file, RunOptions())
+        opened = format.load(file, RunOptions(threads=usable_cores()))
         return lambda images: opened.compute(images, names)
 
     scratch = path.with_name(f"trial{format.suffix}")
