@@ -64,7 +64,8 @@ class _Int8:
         self.layers = tuple(
             node.get_friendly_name()
             for node in quantized.get_ordered_ops()
-            if node.get_type_name() != "FakeQuantize" and any(map(_quantizes_values, node.input_values()))
+            if node.get_friendly_name() in self._weights
+            or (node.get_type_name() != "FakeQuantize" and any(map(_quantizes_values, node.input_values())))
         )
 
     def write(self, path: Path, carried: Mapping[str, str], method: str, kept: Collection[str]) -> tuple[Path, ...]:

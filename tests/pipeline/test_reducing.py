@@ -13,6 +13,7 @@ from PIL import Image
 
 from byol_deploy import Bundle, Encoder, calibration, cores, export, formats, verify
 from byol_deploy.errors import BundleError, DataError, ExportError, MissingExtraError, ParityError, UsageError
+from byol_deploy.pipeline.tuning import tune
 from byol_deploy.quantization import Goal
 from byol_deploy.selftest import self_test
 
@@ -135,6 +136,13 @@ def test_tuning_chooses_by_measurement_and_says_on_what(tuned: Path) -> None:
     assert best.endswith("waiting idly") is not manifest.tuned.allow_spinning
     assert "model.onnx, 2 threads waiting idly" in one or cores.usable_cores() != 2
     assert all(found["control"]["tolerance"] > 0 for found in evidence["batches"].values())
+
+
+def test_a_budget_in_which_nothing_can_be_told_apart_names_one_that_suffices(tuned: Path) -> None:
+    bundle = Bundle.open(tuned)
+    images = np.zeros((8, 32, 32, 3), np.uint8)
+    with pytest.raises(UsageError, match=r"too small to decide between \d+ candidates at batch 1; give --budget \d+"):
+        tune(tuned, bundle.manifest.artefacts, images, "embedding", budget_s=0.02, say=print)
 
 
 @pytest.mark.usefixtures("out_of_reach")
