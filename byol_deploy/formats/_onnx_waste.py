@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+NAMED = frozenset({"preprocessing.scale", "preprocessing.shift"})
+"""Constants that :func:`remove` makes and that keep their names: what pixels are multiplied by, and what is added."""
+
 
 def without_strides(program: Any) -> None:
     """Pool to one pixel by a mean, before the exporter takes the program.
@@ -134,17 +137,16 @@ def _normalization(graph: Any, node: Any) -> None:
     first = _maker(middle.inputs[0], "Div") if middle is not None else None
     if middle is None or first is None or _maker(first.inputs[0], "Cast") is None:
         return
-    if any(len(side.outputs[0].uses()) != 1 for side in (first, middle)):
+    if any(len(side.outputs[0].uses()) != 1 for side in (first, middle)) or NAMED & set(graph.initializers):
         return
     largest, mean, deviation = (_constant(side.inputs[1]) for side in (first, middle, node))
     if largest is None or mean is None or deviation is None or largest.size != 1 or mean.shape != deviation.shape:
         return
     import onnx_ir as ir
 
-    scope = str(middle.inputs[1].name).rpartition(".")[0] or "normalize"
     wide = deviation.astype(np.float64)
-    scale = ir.val(f"{scope}.scale", const_value=ir.tensor((1.0 / (largest.item() * wide)).astype(np.float32)))
-    shift = ir.val(f"{scope}.shift", const_value=ir.tensor((-mean.astype(np.float64) / wide).astype(np.float32)))
+    scale = ir.val("preprocessing.scale", const_value=ir.tensor((1.0 / (largest.item() * wide)).astype(np.float32)))
+    shift = ir.val("preprocessing.shift", const_value=ir.tensor((-mean.astype(np.float64) / wide).astype(np.float32)))
     graph.register_initializer(scale)
     graph.register_initializer(shift)
     scaled = ir.node("Mul", [first.inputs[0], scale], metadata_props=dict(node.metadata_props))

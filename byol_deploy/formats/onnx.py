@@ -191,7 +191,21 @@ def _trace(graph: Any, signature: Signature, opset: int) -> Any:
     except Exception as error:
         # Whatever an exporter raises on a stranger's module is that module's trouble, not a bug here.
         raise ExportError(f"the ONNX exporter of PyTorch {torch.__version__} failed: {_root_cause(error)}") from error
-    return program.model  # type: ignore[union-attr]
+    model = program.model  # type: ignore[union-attr]
+    _name_batch(model)
+    return model
+
+
+def _name_batch(model: Any) -> None:
+    """Call the open size ``batch``; the exporter takes a program's own symbol, such as ``s34``."""
+    import onnx_ir as ir
+
+    symbol = re.compile(rf"\b{re.escape(str(model.graph.inputs[0].shape[0].value))}\b")
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        for place, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and size.value is not None:
+                value.shape[place] = ir.SymbolicDim(symbol.sub("batch", str(size.value)))
 
 
 def _captured(graph: Any, example: Any) -> Any:
@@ -303,7 +317,8 @@ def _name_after_modules(model: Any, parameters: set[str]) -> None:
     and the line stay.
     """
     graph = model.graph
-    constants = [value for name, value in graph.initializers.items() if name not in parameters]
+    named = parameters | _onnx_waste.NAMED
+    constants = [value for name, value in graph.initializers.items() if name not in named]
     fixed = {value.name for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]}
     taken: dict[str, int] = {}
     for node in graph.all_nodes():
