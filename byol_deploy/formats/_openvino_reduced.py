@@ -122,7 +122,7 @@ class _Int8:
 def _quantizes_values(source: Any) -> bool:
     """Whether this output is a quantiser's, and of values that depend on the images."""
     node = source.get_node()
-    return node.get_type_name() == "FakeQuantize" and node.input_value(0).get_node().get_type_name() != "Constant"
+    return bool(node.get_type_name() == "FakeQuantize" and node.input_value(0).get_node().get_type_name() != "Constant")
 
 
 def _quantize_behind(pool: Any, quantizer: Any, floats: Collection[str]) -> None:
