@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from byol_deploy import quantization
 from byol_deploy.errors import UsageError
 from byol_deploy.quantization import (
     Calibration,
@@ -17,11 +16,12 @@ from byol_deploy.quantization import (
     Outliers,
     Trade,
     Trial,
-    _choose,
     resolve_target,
     search,
+    targets,
     this_target,
 )
+from byol_deploy.quantization.searching import _choose
 
 WIDTH = 24
 IMAGES = np.random.default_rng(1).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
@@ -186,8 +186,8 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("aarch64", "SDOT"): "arm64", ("arm64", ""): "arm64", ("riscv64", ""): None,
     }  # fmt: skip
     for (machine, feature), expected in cases.items():
-        monkeypatch.setattr(quantization.platform, "machine", lambda machine=machine: machine)
-        monkeypatch.setattr(quantization, "cpu", lambda feature=feature: {"features": {feature: True}})
+        monkeypatch.setattr(targets.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(targets, "cpu", lambda feature=feature: {"features": {feature: True}})
         assert this_target() == expected
         if expected is None:
             with pytest.raises(UsageError, match="is none of the targets"):
