@@ -24,6 +24,7 @@ READABLE_FROM = "0.1.0"
 """The first version that reads :data:`SCHEMA`."""
 
 _MAX_ITEMS = 100_000
+_MOST_IMAGES = 4096  # that a runtime is prepared for at once: it reserves their memory
 _MAX_CASES = 1000
 _MAX_TEXT = 4096
 _VERSION = re.compile(r"\d+(\.\d+){0,3}[0-9a-z.+-]{0,20}")
@@ -94,12 +95,16 @@ class Tuned:
         file: The artefact.
         threads: Threads inside an operator.
         allow_spinning: Whether idle threads wait busily.
+        batches: Numbers of images that the runtime is prepared for, see :class:`byol_deploy.formats.RunOptions`.
+        streams: Parts of such a batch that run side by side.
         evidence: What was measured: machine, time budget, and one entry for each batch size and candidate.
     """
 
     file: str
     threads: int
     allow_spinning: bool = True
+    batches: tuple[int, ...] = ()
+    streams: int = 1
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -237,7 +242,8 @@ class Manifest:
             for artefact in self.artefacts
         ]
         if self.tuned is not None:
-            document["tuned"] = vars(self.tuned) | {"evidence": dict(self.tuned.evidence)}
+            plain = {"batches": list(self.tuned.batches), "evidence": dict(self.tuned.evidence)}
+            document["tuned"] = vars(self.tuned) | plain
         document["recipe"] = None if self.recipe is None else dict(self.recipe)
         return document
 
@@ -376,6 +382,14 @@ class _Reader:
     def optional_count(self, key: str) -> int | None:
         return self.count(key) if self.data.get(key) is not None else None
 
+    def counts(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        values = self.sequence(key)
+        whole = all(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high for value in values)
+        if not whole:
+            self.fault(key, f"a list of whole numbers from {low} to {high}")
+            return ()
+        return tuple(values)
+
     def mapping(self, key: str) -> Mapping[str, Any]:
         value = self.data.get(key)
         if not isinstance(value, Mapping):
@@ -468,10 +482,15 @@ def _tuned(read: _Reader, artefacts: Sequence[Artefact]) -> Tuned | None:
     if read.data.get("tuned") is None:
         return None
     section = read.section("tuned")
-    spinning = section.data.get("allow_spinning", True)  # absent in older bundles
+    # The three in the middle are absent in older bundles.
+    spinning = section.data.get("allow_spinning", True)
     if not isinstance(spinning, bool):
         section.fault("allow_spinning", "true or false")
-    found = Tuned(section.path("file"), section.count("threads", 1), bool(spinning), section.mapping("evidence"))
+    batches = section.counts("batches", 1, _MOST_IMAGES) if "batches" in section.data else ()
+    streams = section.count("streams", 1) if "streams" in section.data else 1
+    found = Tuned(
+        section.path("file"), section.count("threads", 1), bool(spinning), batches, streams, section.mapping("evidence")
+    )
     if found.file not in [artefact.file for artefact in artefacts]:
         section.fault("file", "one of the artefacts")
     return found

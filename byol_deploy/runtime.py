@@ -86,6 +86,8 @@ class Encoder:
         precision: str | None = None,
         prefer: Literal["speed", "accuracy"] = "speed",
         allow_spinning: bool | None = None,
+        batches: Sequence[int] | None = None,
+        streams: int | None = None,
     ) -> None:
         """Open a bundle, or a lone file that byol-deploy wrote.
 
@@ -101,12 +103,18 @@ class Encoder:
                 always takes float32. Of no effect on a lone file.
             allow_spinning: Whether idle threads wait busily: least latency, at the cost of a core's time. Switch it
                 off where several processes share the cores. None takes what tuning chose, otherwise True.
+            batches: Numbers of images that come often. OpenVINO is prepared for each of them, which takes the time of
+                an opening at the first call with it and makes the later ones faster; every other number works too.
+                None takes what tuning chose, otherwise none.
+            streams: Parts of such a batch that run side by side, each on its share of the threads. None takes what
+                tuning chose, otherwise 1.
 
         Raises:
             BundleError: Absent, damaged, foreign, or from a newer schema.
             MissingExtraError: The engine of the chosen file is not installed. There is no silent fallback.
             ProviderError: The provider does not work here. There is no silent fallback.
-            UsageError: An unknown provider or preference, fewer than one thread.
+            UsageError: An unknown provider or preference, fewer than one thread or stream, a batch of less than one
+                image.
         """
         self.path = Path(path)
         shown = printable(self.path)
@@ -119,6 +127,8 @@ class Encoder:
             if tuned is not None and tuned.file == entry.file:
                 threads = min(tuned.threads, usable_cores()) if threads is None else threads
                 allow_spinning = tuned.allow_spinning if allow_spinning is None else allow_spinning
+                batches = tuned.batches if batches is None else batches
+                streams = tuned.streams if streams is None else streams
         else:
             file, format = self.path, _format_of(self.path, shown)
         _require(format, shown)
@@ -134,7 +144,8 @@ class Encoder:
         widths = [self.manifest.output(name).width for name in self.outputs]
         self.width = widths[0]
         # The heads may be half of the work, and few ask for them.
-        chosen = RunOptions(provider, threads, outputs=self.outputs, allow_spinning=allow_spinning is not False)
+        chosen = RunOptions(provider, threads, outputs=self.outputs, allow_spinning=allow_spinning is not False,
+                            batches=tuple(batches or ()), streams=1 if streams is None else streams)  # fmt: skip
         self._opened = format.load(file, chosen)
         self.session, self.provider = self._opened.session, self._opened.provider
         _check_graph(self._opened, self.manifest, shown)

@@ -47,7 +47,7 @@ from byol_deploy.parity import (
 from byol_deploy.providers import short_name
 from byol_deploy.runtime import Encoder
 
-__all__ = ["SelfTest", "check_content", "check_golden", "run_in_batches", "self_test", "self_test_file"]
+__all__ = ["SelfTest", "as_tuned", "check_content", "check_golden", "run_in_batches", "self_test", "self_test_file"]
 
 _FULL_PRECISION = "fp32"
 # Pillow's names of formats from which every decoder makes the same pixels.
@@ -134,8 +134,8 @@ def self_test(path: str | os.PathLike[str], *, provider: str = "cpu", threads: i
     """Test a bundle or a lone file of byol-deploy with what it carries.
 
     Args:
-        path: A lone file; or a bundle, of which the file is tested that :class:`byol_deploy.Encoder` opens, or where
-            there is none the first one whose runtime is installed.
+        path: A lone file; or a bundle, of which the file is tested that :class:`byol_deploy.Encoder` opens, as it was
+            tuned, or where there is none the first one whose runtime is installed.
         provider: Where it runs: "cpu", "cuda", "auto", or a runtime's own name of a provider.
         threads: Threads inside an operator; None takes what this process may use.
 
@@ -152,11 +152,26 @@ def self_test(path: str | os.PathLike[str], *, provider: str = "cpu", threads: i
     if root.is_dir():
         bundle = Bundle.open(root)
         file, format = _choose(bundle)
-        return self_test_file(file, format, options, bundle.manifest, bundle.golden)
+        return self_test_file(file, format, as_tuned(options, bundle.manifest, file), bundle.manifest, bundle.golden)
     found = formats.of_lone_file(root)
     require_packages(f"the self-test of {shown}", found.extra, *found.runs_with)
     manifest, golden = read_carried(found.carried(root), shown)
     return self_test_file(root, found, options, manifest, golden)
+
+
+def as_tuned(options: RunOptions, manifest: Manifest, file: Path) -> RunOptions:
+    """How :class:`byol_deploy.Encoder` runs a file of a bundle: as it was tuned, where it was and nothing else is said.
+
+    Args:
+        options: What is said.
+        manifest: The bundle's.
+        file: One of its files.
+    """
+    tuned = manifest.tuned
+    if tuned is None or tuned.file != file.name:
+        return options
+    threads = min(tuned.threads, usable_cores()) if options.threads is None else options.threads
+    return replace(options, threads=threads, batches=tuned.batches, streams=tuned.streams)
 
 
 def self_test_file(path: Path, format: Format, options: RunOptions, manifest: Manifest, golden: Golden) -> SelfTest:
@@ -183,7 +198,8 @@ def self_test_file(path: Path, format: Format, options: RunOptions, manifest: Ma
     precision = entry.precision if entry else artefact.precision if artefact else _FULL_PRECISION
     content, detail = check_content(path, format, precision)
     if format.opens_in_encoder and options.optimization is None:
-        encoder = Encoder(path, provider=options.provider, threads=options.threads, outputs="all")
+        encoder = Encoder(path, provider=options.provider, threads=options.threads, outputs="all",
+                          batches=options.batches, streams=options.streams)  # fmt: skip
         run: Run = encoder.run
         provider = short_name(encoder.provider)
     else:
@@ -280,7 +296,7 @@ def check_golden(
 
 
 def _choose(bundle: Bundle) -> tuple[Path, Format]:
-    """The file of a bundle that is tested: what Encoder opens, at full precision, comes first."""
+    """The file of a bundle that is tested: what Encoder opens comes first, so what was tuned, then full precision."""
     known = formats.available()
     found = [(entry, formats.get(entry.format)) for entry in bundle.manifest.artefacts if entry.format in known]
     if not found:
@@ -288,6 +304,7 @@ def _choose(bundle: Bundle) -> tuple[Path, Format]:
         raise BundleError(f"{printable(bundle.path)} holds only formats that this version does not know: {there}")
     found.sort(
         key=lambda item: (
+            bundle.manifest.tuned is None or item[0].file != bundle.manifest.tuned.file,
             bool(formats.missing_to_run(item[1]) or item[1].runs_here()),
             not item[1].opens_in_encoder,
             item[0].precision != _FULL_PRECISION,

@@ -92,6 +92,9 @@ class RunOptions:
         optimization: Graph optimisation, one of the format's ``optimizations``; None is the runtime's default.
         outputs: The only outputs that will be asked for, so that the others need not be computed; None is all.
         allow_spinning: Whether idle threads wait busily, where the runtime knows that choice.
+        batches: Numbers of images that come often: where the runtime can, it is prepared for each of them, at the
+            first call with it. All other numbers work as before.
+        streams: Parts of such a batch that run side by side, each on its share of the threads, where they divide it.
     """
 
     provider: str = "cpu"
@@ -99,6 +102,14 @@ class RunOptions:
     optimization: str | None = None
     outputs: tuple[str, ...] | None = None
     allow_spinning: bool = True
+    batches: tuple[int, ...] = ()
+    streams: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of images or of parts."""
+        for name, value in (*(("batches", size) for size in self.batches), ("streams", self.streams)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name}: {value!r} is no whole number from 1; use e.g. batches (1, 32) and 2 streams")
 
 
 class Format(Protocol):
@@ -124,6 +135,8 @@ class Format(Protocol):
     """Whether :meth:`layers` can look inside a file."""
     can_wait_idly: bool
     """Whether its runtime can be told that idle threads shall not wait busily, see :class:`RunOptions`."""
+    can_fix_batches: bool
+    """Whether its runtime can be prepared for numbers of images, see :class:`RunOptions`."""
     optimizations: tuple[str, ...]
     """Levels of graph optimisation that its runtime offers beside the default; what it computes must not depend on
     them."""

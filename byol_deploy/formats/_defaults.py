@@ -22,6 +22,7 @@ class Defaults:
     keeps_tensors = False
     shows_layers = False
     can_wait_idly = False
+    can_fix_batches = False
     optimizations: tuple[str, ...] = ()
 
     def reducer(

@@ -50,6 +50,7 @@ class _Onnx:
     keeps_tensors = True
     shows_layers = True
     can_wait_idly = True
+    can_fix_batches = False
     optimizations = ("none",)
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:

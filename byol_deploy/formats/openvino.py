@@ -7,16 +7,14 @@ therefore asked for explicitly everywhere else), ``int8`` is made by NNCF.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from byol_deploy.cores import usable_cores
 from byol_deploy.errors import BundleError, ExportError, ProviderError
 from byol_deploy.formats import Opened, Port, RunOptions, Signature
+from byol_deploy.formats._openvino_session import Session
 from byol_deploy.formats._sidecar import SidecarFormat
 from byol_deploy.formats._through_onnx import as_onnx
 from byol_deploy.quantization import Calibration, Reducer
@@ -33,6 +31,7 @@ class _OpenVino(SidecarFormat):
     runs_with = ("openvino",)
     opens_in_encoder = True
     precisions = ("fp32", "bf16", "int8")
+    can_fix_batches = True
 
     def export(self, graph: Any, signature: Signature, path: Path, carried: Mapping[str, str]) -> tuple[Path, ...]:
         """See :meth:`byol_deploy.formats.Format.export`."""
@@ -71,31 +70,16 @@ class _OpenVino(SidecarFormat):
         if options.outputs is not None:
             wanted = [port for port in model.outputs if port.any_name in options.outputs]
             model = openvino.Model([port.get_node() for port in wanted] or model.get_results(), model.get_parameters())
-        settings = {
-            "INFERENCE_NUM_THREADS": options.threads or usable_cores(),
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": note,
-        }
+        source = _port(model.inputs[0])
+        threads = options.threads or usable_cores()
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": note}
         try:
-            compiled = core().compile_model(model, "CPU", settings)
+            session = Session(core(), model, settings, options.batches, min(options.streams, threads))
         except RuntimeError as error:
             raise BundleError(
                 f"{path.name} cannot be run by OpenVINO {openvino.__version__}: {_line(error)}"
             ) from error
-        ports = {port.any_name: port for port in compiled.outputs}
-        (source,) = compiled.inputs
-        local = threading.local()  # a request holds the memory of one caller's outputs
-
-        def compute(images: np.ndarray, names: Sequence[str] | None) -> dict[str, np.ndarray]:
-            request = getattr(local, "request", None)
-            if request is None:
-                request = local.request = compiled.create_infer_request()
-            request.infer([images], share_inputs=True, share_outputs=True)
-            # Copied, because the next call writes into the same memory.
-            return {name: request.get_tensor(ports[name]).data.copy() for name in (ports if names is None else names)}
-
-        return Opened(compute, declared, (_port(source),), "CPU", compiled)
+        return Opened(session.run, declared, (source,), "CPU", session.compiled)
 
 
 def converted(source: Path) -> Any:

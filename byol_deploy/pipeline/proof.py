@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 BATCH_SIZES = (1, 2, 3, 7)
 """What every file is run at, beside the largest."""
 LARGEST_BATCH = 32
+TUNED_BATCHES = (1, 8)
+"""What tuning measures, and prepares the runtime for where that is faster."""
 _AWKWARD_BATCH = 7
 
 
@@ -146,7 +148,8 @@ def matrix(format: Format, base: RunOptions) -> list[Condition]:
     """The conditions under which a file must compute the same.
 
     Every batch size as asked; then, at one batch size, what else a deployment may change: one thread instead of all,
-    graph optimisation off, each other provider that works here. What the caller fixed is not varied.
+    graph optimisation off, prepared for numbers of images as tuning may choose it, each other provider that works
+    here. What the caller fixed is not varied.
     """
     conditions = [Condition(base, size, "") for size in BATCH_SIZES]
     size = BATCH_SIZES[-1]
@@ -157,11 +160,21 @@ def matrix(format: Format, base: RunOptions) -> list[Condition]:
             Condition(replace(base, optimization=level), size, f"optimisation {level}")
             for level in format.optimizations
         ]
+    if format.can_fix_batches and not base.batches:
+        conditions.append(Condition(prepared(base), sum(TUNED_BATCHES), "fixed shapes"))
     if base == RunOptions(threads=base.threads, optimization=base.optimization):
         conditions += [
             Condition(replace(base, provider=name), size, f"provider {name}") for name in format.providers()[1:]
         ]
     return conditions
+
+
+def prepared(base: RunOptions) -> RunOptions:
+    """The same with the runtime prepared for the batches that are tuned for, cut into parts that run side by side."""
+    threads = base.threads or usable_cores()
+    streams = max(count for count in range(1, max(TUNED_BATCHES) + 1) if not max(TUNED_BATCHES) % count
+                  and count <= threads)  # fmt: skip
+    return replace(base, batches=TUNED_BATCHES, streams=streams)
 
 
 class Sessions:

@@ -2,7 +2,8 @@
 
 Only files that passed the fidelity gate take part, so the choice is about time alone. Measured are one image at a time
 and a small batch, the deployed output only: files of formats and precisions, each with one thread and with all that
-this process may use, and there with threads that wait busily or idly where the runtime knows the choice. Chosen is the
+this process may use, and there with threads that wait busily or idly, and with shapes fixed to these numbers of images
+and parts of the batch side by side, where the runtime knows the choice. Chosen is the
 smallest geometric mean of both times: one image alone hides what threads are good for, a batch alone hides what a call
 costs, and an :class:`~byol_deploy.Encoder` is given both.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,10 @@ from byol_deploy.errors import MissingExtraError, UsageError
 from byol_deploy.formats import Opened, RunOptions
 from byol_deploy.host import describe_host
 from byol_deploy.manifest import Artefact, Tuned
+from byol_deploy.pipeline.proof import TUNED_BATCHES, prepared
 
 LEAST_BUDGET_S = 5.0
 """With less nothing can be told apart from noise."""
-BATCHES = (1, 8)
-"""Images at a time."""
 _CONTENDS = 2.0
 """A candidate slower than the fastest by more than this, one image at a time, is not measured on the batch: the budget
 is better spent on those that can win."""
@@ -74,9 +75,11 @@ def tune(
         if not (format.opens_in_encoder and artefact.parity.get("passed")):
             continue
         for options in _options(format):
-            name = f"{artefact.file}, {options.threads} thread{'s' if options.threads != 1 else ''}"
-            name += "" if options.allow_spinning else " waiting idly"
-            runs[name] = format.load(folder / artefact.file, options), artefact, options
+            runs[f"{artefact.file}, {_words(options)}"] = (
+                format.load(folder / artefact.file, options),
+                artefact,
+                options,
+            )
     if not runs:
         raise UsageError("there is nothing to tune: no file of this bundle runs without PyTorch; add --format onnx")
     first = next(iter(runs))
@@ -86,16 +89,16 @@ def tune(
     began, left = time.perf_counter(), budget_s
     scores: dict[str, list[float]] = {name: [] for name in runs}
     measured: dict[str, dict[str, Any]] = {}
-    for place, batch in enumerate(BATCHES):
+    for place, batch in enumerate(TUNED_BATCHES):
         given = images[np.arange(batch) % len(images)]
         try:
             found = measure_candidates(
                 {name: partial(_run, runs[name][0], given, output) for name in scores},
-                budget_s=left / (len(BATCHES) - place),
+                budget_s=left / (len(TUNED_BATCHES) - place),
                 control=partial(_run, again, given, output),
             )
         except BudgetTooSmall as error:
-            needed_s = math.ceil(budget_s - left + error.needed_s * (len(BATCHES) - place))
+            needed_s = math.ceil(budget_s - left + error.needed_s * (len(TUNED_BATCHES) - place))
             raise UsageError(
                 f"a time budget of {budget_s:g} s is too small to decide between {len(scores)} candidates at batch "
                 f"{batch}; give --budget {needed_s} or more, or fewer formats and precisions"
@@ -121,15 +124,27 @@ def tune(
     say(f"tuned: {best}")
     _, artefact, options = runs[best]
     evidence = {"machine": describe_host(), "budget_s": budget_s, "chosen": best, "batches": measured}
-    return Tuned(artefact.file, options.threads or usable_cores(), options.allow_spinning, evidence)
+    return Tuned(artefact.file, options.threads or usable_cores(), options.allow_spinning, options.batches,
+                 options.streams, evidence)  # fmt: skip
 
 
 def _options(format: formats.Format) -> list[RunOptions]:
     """With all threads and with one; what threads wait like matters where there are several."""
     cores = usable_cores()
-    several = [RunOptions(threads=cores)] if cores > 1 else []
-    idle = [RunOptions(threads=cores, allow_spinning=False)] if several and format.can_wait_idly else []
-    return [*several, *idle, RunOptions(threads=1)]
+    every = RunOptions(threads=cores)
+    found = [every]
+    if format.can_wait_idly and cores > 1:
+        found.append(replace(every, allow_spinning=False))
+    if format.can_fix_batches:
+        found += [prepared(every), replace(prepared(every), streams=1)]
+    return list(dict.fromkeys([*found, RunOptions(threads=1)]))
+
+
+def _words(options: RunOptions) -> str:
+    words = f"{options.threads} thread{'s' if options.threads != 1 else ''}"
+    words += "" if options.allow_spinning else " waiting idly"
+    words += " with fixed shapes" if options.batches else ""
+    return words + (f" in {options.streams} streams" if options.streams > 1 else "")
 
 
 def _run(opened: Opened, images: np.ndarray, output: str) -> object:

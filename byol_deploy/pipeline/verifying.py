@@ -22,7 +22,7 @@ from byol_deploy.pipeline.proof import compare_file, momentum_tensors, prove_bra
 from byol_deploy.pipeline.reference import Reference, build_reference
 from byol_deploy.pipeline.showing import drift_of, file_evidence, show_verification
 from byol_deploy.report import FileEvidence
-from byol_deploy.selftest import check_content, self_test_file
+from byol_deploy.selftest import as_tuned, check_content, self_test_file
 from byol_deploy.separation import Separation
 
 if TYPE_CHECKING:
@@ -257,7 +257,8 @@ def verify(
         )  # fmt: skip
 
     def golden_cases(file: _File, format: formats.Format) -> _Judged:
-        found = self_test_file(file.path, format, options, opened.manifest, opened.golden)
+        asked = as_tuned(options, opened.manifest, file.path)
+        found = self_test_file(file.path, format, asked, opened.manifest, opened.golden)
         ran = f"ran on {found.provider} with {found.threads} thread(s); {found.detail}"
         notes = (ran, *(f"not as on the exporting machine: {difference}" for difference in found.differences))
         return _Judged(found.report, found.reason, notes)
