@@ -5,8 +5,8 @@ its inputs, which costs a copy of the graph and not another calibration. Layers 
 way along the residual sums and into the pooling an encoder loses more than in most convolutions, and they cost little
 (docs/experiments.md). NNCF's bias correction is off: it moves the
 biases of all layers to make up for all the others, so that a layer put back would be corrected for what no longer
-happens (and it measured worse on the encoders of docs/experiments.md). What is not int8 is computed in bfloat16 where
-the processor has it.
+happens (and it measured worse on the encoders of docs/experiments.md). The first convolution is not left to NNCF: see
+_openvino_stem.py. What is not int8 is computed in bfloat16 where the processor has it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from byol_deploy.errors import ExportError, require_packages
+from byol_deploy.formats._openvino_stem import exact_stem
 from byol_deploy.quantization import Calibration, Reducer
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class _Int8:
             if source is not None and source.get_type_name() == "Constant":
                 self._weights[node.get_friendly_name()] = np.array(source.data)
         quantized = self._quantized(self.methods[0])
+        bits = 7 if calibration.target == "x86" else 8
+        self._stem = exact_stem(_read(full), calibration.images, bits)
         self.layers = tuple(
             node.get_friendly_name()
             for node in quantized.get_ordered_ops()
@@ -84,6 +87,8 @@ class _Int8:
                         _quantize_behind(node, source.get_node(), floats)
             if name in self._weights:
                 node.input(1).replace_source_output(opset13.constant(self._weights[name]).output(0))
+        if self._stem is not None and self._stem.name not in floats:
+            self._stem.put_into(model)
         # With one layer in int8 the search asks what that layer does: bfloat16 around it would hide the answer.
         brain = self._calibration.target == "x86-vnni" and len(self.layers) - len(floats) != 1
         return self._format.write(model, path, carried, computes_in="bf16" if brain else "f32")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from byol_deploy.quantization.reducer import Calibration, Reducer
 from byol_deploy.quantization.trade import Goal, Trade, Trial
 from byol_deploy.quantization.trials import Bench, Outliers, Outputs, Run
 
-_AT_THE_FLOOR = 1.1
-"""A drift within this factor of the one with all layers kept gets no better by keeping more."""
+_NEARLY_ALL = 0.98
+"""Share of the squared drift that is caused by the layers whose cost is measured."""
+_LEAST_COST = 0.003
+"""Of a layer, in the time of the file with all layers reduced: what is less cannot be told from noise."""
 
 
 def search(
@@ -35,13 +38,14 @@ def search(
     """Find the file that reaches the goal with the fewest layers kept in float32.
 
     Every calibration method is tried with all layers reduced. The one with the least drift goes on: when it does not
-    reach the goal, each layer is reduced alone, the layers are ordered by the drift that they cause, and the fewest of
-    them that must go back to float32 are found by bisection.
+    reach the goal, each layer is reduced alone, which says what drift it causes, and each of those that cause nearly
+    all of the drift is kept alone, which says what time it costs. The layers are ordered by what they spare for their
+    time, as drifts add up in their squares, and the fewest of them that must go back to float32 are found by bisection.
 
     A file that is the first of several to keep just enough neighbours of these images keeps fewer of others. The
-    bisection therefore aims at half of the loss that the goal allows, or at what is left when every layer is kept,
-    where the format computes kept layers in something narrower than float32. Where that is out of reach, or not
-    faster, the file that keeps the most neighbours is taken among those that reach the goal itself.
+    bisection therefore aims halfway between the goal and what is left when every layer is kept (all neighbours, or
+    fewer where the format computes kept layers in something narrower than float32). Where that is out of reach, or
+    not faster, the file that keeps the most neighbours is taken among those that reach the goal itself.
 
     Args:
         reducer: Writes the files.
@@ -70,11 +74,10 @@ def search(
     for method in reducer.methods:
         trials.append(bench.trial(method, ()))
         say(_line(precision, trials[-1]))
-    aim = (1.0 + goal.agreement) / 2
-    floor = 0.0
+    most = 1.0
 
     def safe(trial: Trial) -> bool:
-        return trial.passed and (trial.agreement >= aim or trial.drift <= _AT_THE_FLOOR * floor)
+        return trial.passed and trial.agreement >= (most + goal.agreement) / 2
 
     best = min(trials, key=lambda trial: (not safe(trial), not trial.passed, trial.drift))
     sensitivity: dict[str, float] = {}
@@ -82,6 +85,12 @@ def search(
         say(f"{precision}: measuring what each of {len(reducer.layers)} layers does alone")
         sensitivity = {layer: bench.alone(best.method, layer) for layer in reducer.layers}
         order = sorted(reducer.layers, key=lambda layer: -sensitivity[layer])
+        if must_be_faster:
+            matter = _most(order, sensitivity)
+            say(f"{precision}: measuring what each of {len(matter)} layers costs in float32")
+            costs = bench.costs(best.method, matter)
+            worth = {layer: sensitivity[layer] ** 2 / max(costs[layer], _LEAST_COST) for layer in matter}
+            order = [*sorted(matter, key=lambda layer: -worth[layer]), *order[len(matter) :]]
 
         def measured(kept: tuple[str, ...]) -> Trial:
             trials.append(bench.trial(best.method, kept))
@@ -89,12 +98,22 @@ def search(
             return trials[-1]
 
         ends = measured(tuple(order))
-        floor = ends.drift
+        most = ends.agreement
         if ends.passed:
             _bisect(order, measured, safe)
     chosen, reason = _choose(trials, safe, goal, precision, must_be_faster, len(reducer.layers))
     return Trade(precision, goal, tuple(trials), chosen, reason, sensitivity, len(images), len(calibration.images),
                  calibration.target)  # fmt: skip
+
+
+def _most(order: Sequence[str], sensitivity: Mapping[str, float]) -> list[str]:
+    """The first layers of ``order``, the fewest that cause nearly all of the drift."""
+    squares = [sensitivity[layer] ** 2 for layer in order]
+    if not math.isfinite(sum(squares)):
+        # Some cannot be reduced at all; the others have to be told apart all the same.
+        squares = [min(square, 1.0) for square in squares]
+    reached = np.cumsum(squares)
+    return list(order[: int(np.searchsorted(reached, _NEARLY_ALL * reached[-1])) + 1])
 
 
 def _choose(

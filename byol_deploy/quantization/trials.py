@@ -20,9 +20,13 @@ from byol_deploy.quantization.trade import Goal, Trial
 _FEW = 32
 """Images for what a layer does alone: its drift is a mean, which needs fewer images than the neighbours do, and layers
 differ by factors."""
+_AMONG = 384
+"""Images among which nearest neighbours are sought."""
 _BATCH = 32
 _ROUNDS, _CALLS = 5, 3
 """Of the times, a round of both files in turn."""
+_SIZES = (1, 8)
+"""Images at a time for what a layer costs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,15 +88,12 @@ class Bench:
             return Trial(method, kept, 0.0, math.inf, math.inf, math.inf, math.inf, size, passed=False)
         found = outputs[self.name]
         margin = separation_margin(found, self.expected)
-        agreement = neighbour_agreement(self.expected, found)
+        agreement = _agreement(self.expected, found)
         if margin is None or agreement is None:
             # It gives one embedding for all images: the reference does not, see below.
             margin, agreement = math.inf, 0.0
         one = self.images[:1]
-        latency = float(np.median([
-            np.median(time_block(lambda: run(one), _CALLS)) / np.median(time_block(lambda: self.full(one), _CALLS))
-            for _ in range(_ROUNDS)
-        ]))  # fmt: skip
+        latency = _ratio(run, self.full, one)
         heads = self._used(outputs, self.real, outputs)
         outliers = max([heads[name] for name in heads if name != self.name] + [self._beyond(run, outputs)])
         passed = margin <= self.goal.margin and agreement >= self.goal.agreement and outliers <= 1.0
@@ -110,6 +111,24 @@ class Bench:
         if self.outliers is not None:
             found.append(self._share(odd, self.outliers, outputs))
         return max(found)
+
+    def costs(self, method: str, layers: Sequence[str]) -> dict[str, float]:
+        """The time that each of these layers costs when it alone is kept, in that of the file with none kept."""
+        first, *rest = self.path.name.split(".")
+        base = self.path.with_name(".".join([first, "none", *rest]))
+        further = self.reducer.write(base, {}, method, ())
+        plain = self.open_file(base)
+        found = {}
+        for layer in layers:
+            run, _ = self._open(method, [layer])
+            try:
+                # Half of the weight for single images, half for batches: an encoder is given both.
+                found[layer] = float(np.mean([_ratio(run, plain, self.images[:size]) for size in _SIZES])) - 1.0
+            except Exception:
+                found[layer] = math.inf
+        for item in (base, *further):
+            item.unlink(missing_ok=True)
+        return found
 
     def _share(self, outputs: Outputs, images: Outliers, real: Outputs) -> float:
         """The largest root mean square drift of any output, where it may be twice as large weighing half."""
@@ -164,6 +183,25 @@ class Bench:
             return None
         found = {name: as_rows(np.concatenate([part[name] for part in parts])) for name in parts[0]}
         return found if all(np.isfinite(values).all() for values in found.values()) else None
+
+
+def _agreement(expected: np.ndarray, found: np.ndarray) -> float | None:
+    """The mean share of kept neighbours among groups of images: more images at once lie closer together."""
+    count = max(1, round(len(expected) / _AMONG))
+    shares = [
+        neighbour_agreement(wanted, given)
+        for wanted, given in zip(np.array_split(expected, count), np.array_split(found, count), strict=True)
+    ]
+    known = [share for share in shares if share is not None]
+    return float(np.mean(known)) if len(known) == count else None
+
+
+def _ratio(run: Run, base: Run, images: np.ndarray) -> float:
+    """The time of ``run`` in that of ``base``, measured in turn."""
+    return float(np.median([
+        np.median(time_block(lambda: run(images), _CALLS)) / np.median(time_block(lambda: base(images), _CALLS))
+        for _ in range(_ROUNDS)
+    ]))  # fmt: skip
 
 
 def _raises(error: Exception) -> Run:
