@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -100,6 +101,33 @@ def test_the_fewest_layers_go_back_that_reach_the_goal(tmp_path: Path) -> None:
     assert document["kept"] == ["b", "d"]
     assert len(document["trials"]) == len(trade.trials)
     assert "chosen" in trade.table()
+
+
+@pytest.mark.parametrize("dear", ["b", "d"])
+def test_what_spares_most_for_its_time_goes_back_first(dear: str, tmp_path: Path) -> None:
+    reducer = Rounding({"a": 4000, "b": 7, "c": 4000, "d": 7})
+
+    def waiting(path: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+        kept, found = reducer.written[-1][1], opened(path)
+
+        def compute(images: np.ndarray) -> dict[str, np.ndarray]:
+            time.sleep(0.004 if dear in kept else 0.001)
+            return found(images)
+
+        return compute
+
+    expected = {"embedding": compute(weights(), IMAGES[16:])}
+
+    def firsts(must_be_faster: bool) -> list[tuple[str, ...]]:
+        trade = search(
+            reducer, waiting, slow, IMAGES[16:], expected, precision="int8", calibration=CALIBRATION, goal=Goal(),
+            scratch=tmp_path / "trial.npz", must_be_faster=must_be_faster,
+        )  # fmt: skip
+        return [trial.kept for trial in trade.trials if len(trial.kept) == 1]
+
+    assert firsts(True) == [("d" if dear == "b" else "b",)]
+    assert not list(tmp_path.glob("*none*")), "the file that layers are compared with is gone"
+    assert len({*firsts(False)}) == 1, "on another processor than the target's only the drift counts"
 
 
 def trial(kept: int, agreement: float, latency: float = 0.5) -> Trial:
