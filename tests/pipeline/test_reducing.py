@@ -13,8 +13,12 @@ from PIL import Image
 
 from byol_deploy import Bundle, Encoder, calibration, cores, export, formats, verify
 from byol_deploy.errors import BundleError, DataError, ExportError, MissingExtraError, ParityError, UsageError
+from byol_deploy.formats import RunOptions
+from byol_deploy.pipeline.benching.items import find_items
+from byol_deploy.pipeline.benching.worker import _Served
 from byol_deploy.pipeline.tuning import tune
 from byol_deploy.quantization import Goal
+from byol_deploy.selftest import as_tuned as as_chosen
 from byol_deploy.selftest import self_test
 
 
@@ -133,7 +137,9 @@ def test_tuning_chooses_by_measurement_and_says_on_what(tuned: Path) -> None:
     best = min(eight, key=lambda name: one[name] * eight[name])
     assert best == evidence["chosen"]
     assert best.startswith(f"{manifest.tuned.file}, {manifest.tuned.threads} thread")
-    assert best.endswith("waiting idly") is not manifest.tuned.allow_spinning
+    assert ("waiting idly" in best) is not manifest.tuned.allow_spinning
+    assert ("with fixed shapes" in best) is bool(manifest.tuned.batches)
+    assert ("in 2 streams" in best) is (manifest.tuned.streams == 2)
     assert "model.onnx, 2 threads waiting idly" in one or cores.usable_cores() != 2
     assert all(found["control"]["tolerance"] > 0 for found in evidence["batches"].values())
 
@@ -196,11 +202,14 @@ def test_a_precision_that_cannot_run_here_is_written_and_never_called_verified(
     assert "Traceback" not in listed.stderr  # type: ignore[attr-defined]
 
 
-def as_tuned(tuned: Path, target: Path, file: str, threads: int = 1, allow_spinning: object = True) -> Path:
+def as_tuned(
+    tuned: Path, target: Path, file: str, threads: int = 1, allow_spinning: object = True, **further: object
+) -> Path:
     """The same bundle, with this file as what tuning chose."""
     shutil.copytree(tuned, target)
     manifest = json.loads((target / "manifest.json").read_text())
-    manifest["tuned"] |= {"file": file, "threads": threads, "allow_spinning": allow_spinning}
+    chosen = {"file": file, "threads": threads, "allow_spinning": allow_spinning, "batches": [], "streams": 1}
+    manifest["tuned"] |= chosen | further
     (target / "manifest.json").write_text(json.dumps(manifest))
     return target
 
@@ -226,6 +235,40 @@ def test_the_encoder_waits_as_it_was_tuned_unless_told_otherwise(tuned: Path, tm
     assert spins(Encoder(busy)) == "1"
     with pytest.raises(BundleError, match=r"tuned\.allow_spinning is 3; it must be true or false"):
         Encoder(as_tuned(tuned, tmp_path / "odd", "model.onnx", allow_spinning=3))
+
+
+def test_a_file_is_run_and_tested_and_measured_with_the_shapes_that_were_tuned(tuned: Path, tmp_path: Path) -> None:
+    bundle = as_tuned(tuned, tmp_path / "bundle", "model.openvino.xml", threads=2, batches=[1, 8], streams=2)
+    fixed = Encoder(bundle)
+    assert fixed.session.inputs[0].partial_shape[0].get_length() == 1
+    assert Encoder(bundle, batches=(4,), streams=1).session.inputs[0].partial_shape[0].get_length() == 4
+    assert Encoder(bundle, batches=()).session.inputs[0].partial_shape[0].is_dynamic
+    found = self_test(bundle)
+    assert (found.file, found.passed) == ("model.openvino.xml", True)
+    options = as_chosen(RunOptions(), Bundle.open(bundle).manifest, Path("model.openvino.xml"))
+    assert (options.batches, options.streams) == ((1, 8), 2)
+    assert as_chosen(RunOptions(), Bundle.open(bundle).manifest, Path("model.onnx")) == RunOptions()
+    served = {item.name: _Served(item.what) for item in find_items([bundle])}
+    assert "options" not in served["model.onnx"].what
+    served["model.openvino.xml"].open(2)
+    run = served["model.openvino.xml"].opened[2]
+    assert run.session.inputs[0].partial_shape[0].get_length() == 1  # type: ignore[attr-defined]
+    for wrong in ({"batches": [0]}, {"batches": [5000]}, {"batches": 8}, {"streams": 0}):
+        with pytest.raises(BundleError, match=rf"tuned\.{next(iter(wrong))}"):
+            Encoder(as_tuned(tuned, tmp_path / str(wrong), "model.openvino.xml", **wrong))  # type: ignore[arg-type]
+
+
+def test_the_self_test_needs_the_engine_that_was_tuned_for(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = as_tuned(tuned, tmp_path / "bundle", "model.openvino.xml")
+    monkeypatch.setattr("byol_deploy.selftest.require_packages", refuse)
+    with pytest.raises(MissingExtraError, match="openvino"):
+        self_test(bundle)
+
+
+def refuse(what: str, extra: str, *packages: str) -> None:
+    raise MissingExtraError(what, packages[0], extra)
 
 
 def test_an_engine_that_is_not_installed_is_no_silent_fallback(

@@ -112,7 +112,13 @@ def _in_bundle(root: Path) -> list[Item]:
             why = "this version does not know the format"
             items.append(Item(entry.file, entry.format, "", entry.precision, {}, size, contract, why, path=path))
             continue
-        items.append(_item(path, formats.get(entry.format), entry.precision, size, contract))
+        item = _item(path, formats.get(entry.format), entry.precision, size, contract)
+        tuned = bundle.manifest.tuned
+        if tuned is not None and tuned.file == entry.file:
+            # As the encoder runs it; how many threads is what the rows are about.
+            kept = {"allow_spinning": tuned.allow_spinning, "batches": list(tuned.batches), "streams": tuned.streams}
+            item = replace(item, what={**item.what, "options": kept})
+        items.append(item)
     return items
 
 

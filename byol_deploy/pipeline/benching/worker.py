@@ -109,7 +109,9 @@ class _Served:
 
         from byol_deploy import formats
 
-        found = formats.get(self.what["format"]).load(Path(self.what["path"]), formats.RunOptions(threads=threads))
+        given = self.what.get("options", {})
+        options = formats.RunOptions(threads=threads, **{**given, "batches": tuple(given.get("batches", ()))})
+        found = formats.get(self.what["format"]).load(Path(self.what["path"]), options)
         self.opened[threads] = found
         return found.provider
 
