@@ -22,7 +22,7 @@ from byol_deploy.quantization import (
     targets,
     this_target,
 )
-from byol_deploy.quantization.searching import _choose
+from byol_deploy.quantization.searching import _choose, _give_up
 
 WIDTH = 24
 IMAGES = np.random.default_rng(1).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
@@ -147,6 +147,21 @@ def test_the_first_of_several_that_is_just_good_enough_is_not_trusted(trials: li
     chosen, reason = _choose(trials, lambda one: one.agreement >= 0.99, Goal(), "int8", True, len(LAYERS))
     assert chosen is not None, reason
     assert len(chosen.kept) == kept
+
+
+def test_a_kept_layer_that_spares_nothing_beside_the_others_is_given_up() -> None:
+    asked = []
+
+    def measured(kept: tuple[str, ...]) -> Trial:
+        asked.append(kept)
+        # "b" and "c" do the same, and "a" is needed.
+        return trial(len(kept), 0.995 if "a" in kept and {"b", "c"} & set(kept) else 0.9)
+
+    _give_up("abcd", ("b", "a", "c"), measured, lambda one: one.agreement >= 0.99)
+    assert asked == [("a", "c", "d"), ("c", "d"), ("a", "d")], "the dear ones in turn, and no other"
+    asked.clear()
+    _give_up(("a",), ("a",), measured, lambda one: True)
+    assert asked == [], "a file with none kept was measured before"
 
 
 def test_a_file_that_reaches_the_goal_at_once_costs_no_search(tmp_path: Path) -> None:

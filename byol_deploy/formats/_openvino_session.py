@@ -67,11 +67,16 @@ class Session:
     def _whole(self, images: np.ndarray, size: int | None, names: Sequence[str] | None) -> dict[str, np.ndarray]:
         shape, parts = self._cut(size)
         requests, ports = self._requests(shape, parts)
+        # Set apart from the call: handed over with it, the wrapper first asks the request for all of its inputs, which
+        # takes 5 % of the time of a small encoder.
+        tensors = [_tensor(given) for given in np.split(images, parts)]  # they own the memory while the request runs
+        for request, tensor in zip(requests, tensors, strict=True):
+            request.set_input_tensor(tensor)
         if parts == 1:
-            requests[0].infer([images], share_inputs=True, share_outputs=True)
+            requests[0].infer(share_outputs=True)
         else:
-            for request, given in zip(requests, np.split(images, parts), strict=True):
-                request.start_async([given], share_inputs=True)
+            for request in requests:
+                request.start_async()
             for request in requests:
                 request.wait()
         wanted = ports if names is None else names
@@ -100,3 +105,10 @@ class Session:
                 settings = self._settings | {"PERFORMANCE_HINT": aim, "NUM_STREAMS": parts}
                 self._forms[shape, parts] = self._core.compile_model(model, "CPU", settings)
             return self._forms[shape, parts]
+
+
+def _tensor(images: np.ndarray) -> Any:
+    """The pixels where they lie. The runtime takes no memory that may only be read: these are copied."""
+    import openvino
+
+    return openvino.Tensor(images if images.flags.writeable else images.copy(), shared_memory=True)

@@ -18,6 +18,8 @@ _NEARLY_ALL = 0.98
 """Share of the squared drift that is caused by the layers whose cost is measured."""
 _LEAST_COST = 0.003
 """Of a layer, in the time of the file with all layers reduced: what is less cannot be told from noise."""
+_DEAR = 0.01
+"""Of a layer, likewise: what is worth a trial of its own to save."""
 
 
 def search(
@@ -41,6 +43,8 @@ def search(
     reach the goal, each layer is reduced alone, which says what drift it causes, and each of those that cause nearly
     all of the drift is kept alone, which says what time it costs. The layers are ordered by what they spare for their
     time, as drifts add up in their squares, and the fewest of them that must go back to float32 are found by bisection.
+    Drifts of layers that follow each other do not add up so: what one of them spares the next may lose again. Those of
+    the kept layers that cost most are therefore reduced once more, one after the other, where that is still enough.
 
     A file that is the first of several to keep just enough neighbours of these images keeps fewer of others. The
     bisection therefore aims halfway between the goal and what is left when every layer is kept (all neighbours, or
@@ -85,6 +89,7 @@ def search(
         say(f"{precision}: measuring what each of {len(reducer.layers)} layers does alone")
         sensitivity = {layer: bench.alone(best.method, layer) for layer in reducer.layers}
         order = sorted(reducer.layers, key=lambda layer: -sensitivity[layer])
+        costs: dict[str, float] = {}
         if must_be_faster:
             matter = _most(order, sensitivity)
             say(f"{precision}: measuring what each of {len(matter)} layers costs in float32")
@@ -93,6 +98,9 @@ def search(
             order = [*sorted(matter, key=lambda layer: -worth[layer]), *order[len(matter) :]]
 
         def measured(kept: tuple[str, ...]) -> Trial:
+            for known in trials:
+                if known.method == best.method and set(known.kept) == set(kept):
+                    return known
             trials.append(bench.trial(best.method, kept))
             say(_line(precision, trials[-1]))
             return trials[-1]
@@ -100,7 +108,10 @@ def search(
         ends = measured(tuple(order))
         most = ends.agreement
         if ends.passed:
-            _bisect(order, measured, safe)
+            kept = order[: _bisect(order, measured, safe)]
+            dear = [layer for layer in kept if _DEAR < costs.get(layer, 0.0) < math.inf]
+            if len(kept) < len(order):
+                _give_up(kept, sorted(dear, key=lambda layer: -costs[layer]), measured, safe)
     chosen, reason = _choose(trials, safe, goal, precision, must_be_faster, len(reducer.layers))
     return Trade(precision, goal, tuple(trials), chosen, reason, sensitivity, len(images), len(calibration.images),
                  calibration.target)  # fmt: skip
@@ -153,9 +164,7 @@ def _choose(
     return max(faster, key=lambda trial: (trial.agreement, -len(trial.kept))), ""
 
 
-def _bisect(
-    order: Sequence[str], measured: Callable[[tuple[str, ...]], Trial], enough: Callable[[Trial], bool]
-) -> None:
+def _bisect(order: Sequence[str], measured: Callable[[tuple[str, ...]], Trial], enough: Callable[[Trial], bool]) -> int:
     """Measure with ever more of ``order`` kept, doubled until that is enough or all, then bisected to the fewest."""
     low, high = 0, min(max(1, len(order) // 16), len(order))
     while high < len(order) and not enough(measured(tuple(order[:high]))):
@@ -166,6 +175,20 @@ def _bisect(
             high = middle
         else:
             low = middle
+    return high
+
+
+def _give_up(
+    kept: Sequence[str],
+    dear: Sequence[str],
+    measured: Callable[[tuple[str, ...]], Trial],
+    enough: Callable[[Trial], bool],
+) -> None:
+    """Measure without one after the other of the layers ``dear``, which stays away where that is enough."""
+    for layer in dear:
+        without = tuple(one for one in kept if one != layer)
+        if without and enough(measured(without)):
+            kept = without
 
 
 def _line(precision: str, trial: Trial) -> str:

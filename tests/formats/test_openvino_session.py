@@ -74,6 +74,15 @@ def test_a_form_is_compiled_when_it_is_first_needed(bundle: Bundle, images: np.n
     assert session(bundle)[1].made == [(None, 1)]
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_pixels_that_may_only_be_read(bundle: Bundle, images: np.ndarray, streams: int) -> None:
+    fixed, _ = session(bundle, 8, streams=streams)
+    guarded = images[:8].copy()
+    guarded.flags.writeable = False
+    found, expected = fixed.run(guarded, None), fixed.run(images[:8], None)
+    assert all(np.array_equal(found[name], values) for name, values in expected.items())
+
+
 def test_outputs_are_not_overwritten_by_the_next_call(bundle: Bundle, images: np.ndarray) -> None:
     fixed, _ = session(bundle, 8, streams=2)
     first = fixed.run(images[:8], ["embedding"])["embedding"]
