@@ -1,19 +1,23 @@
-"""The tuned bundle beside PyTorch and beside what one would do otherwise: latency and fidelity, in one interleaved run.
+"""The tuned bundle beside PyTorch and beside what one would do otherwise: latency and fidelity, in interleaved runs.
 
-    python benchmarks/speed.py [--only NAME]... [--work runs/speed]
+    python benchmarks/speed.py [--only NAME]... [--work runs/speed] [--processes 3]
 
 For each encoder of encoders.SPEED: ``export --tune`` on a part of the images, then everything else on images that took
 part in nothing: neighbours and margin against PyTorch, kNN accuracy, and the latency at batch 1 and 8. The others are
 made by the tools' own defaults: plain ``torch.onnx.export``, onnxruntime's ``quantize_static`` and
 ``quantize_dynamic``, NNCF's ``quantize``, ``torch.compile``. A bundle in ``--work`` is
-kept, so that it can be measured again. Results go to results/speed.json, from which
-results/speed.md is written; an encoder that is measured again replaces its own rows only.
+kept, so that it can be measured again. PyTorch's own speed differs by a tenth and more between processes: the latency
+is therefore measured in several fresh ones, each with all its rows interleaved. Results go to results/speed.json, from
+which results/speed.md is written; an encoder that is measured again replaces its own rows only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,11 +39,14 @@ from byol_deploy.formats._onnx_reduced import Batches, quiet
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.manifest import Tuned
 from byol_deploy.parity import as_rows, neighbour_agreement, separation_margin
+from byol_deploy.preprocess import Preprocessing
 from byol_deploy.training.checkpoints import load_checkpoint
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HELD_OUT, GALLERY, CALIBRATING = 400, 400, 128
 EAGER, OURS, PLAIN = "PyTorch eager", "tuned bundle", "torch.onnx.export + ONNX Runtime"
+BARE = "its bare session"
+OTHERS_FILES = "plain.onnx", "static.onnx", "dynamic.onnx", "nncf.xml"
 
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -67,39 +74,44 @@ def session(path: Path) -> Run:
     return lambda images: opened.run(None, {"images": images})[0]
 
 
-def others(graph: EncoderGraph, calibrating: np.ndarray, work: Path) -> dict[str, Run]:
-    """What a user would do otherwise, each by its tool's defaults."""
-    made: dict[str, Run] = {}
+def others(graph: EncoderGraph, calibrating: np.ndarray, work: Path) -> dict[str, Callable[[], Run]]:
+    """What a user would do otherwise, each by its tool's defaults: opens it, after making its file if there is none."""
     side = graph.size_px
-    plain, static, dynamic = work / "plain.onnx", work / "static.onnx", work / "dynamic.onnx"
+    plain, static, dynamic, nncf_file = (work / file for file in OTHERS_FILES)
     example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
 
     def plain_export() -> Run:
-        shapes = ({0: torch.export.Dim("batch")},)
-        with torch.no_grad():
-            torch.onnx.export(graph, (example,), plain, dynamo=True, input_names=["images"],
-                              output_names=["embedding"], dynamic_shapes=shapes, external_data=False)  # fmt: skip
+        if not plain.exists():
+            shapes = ({0: torch.export.Dim("batch")},)
+            with torch.no_grad():
+                torch.onnx.export(graph, (example,), plain, dynamo=True, input_names=["images"],
+                                  output_names=["embedding"], dynamic_shapes=shapes, external_data=False)  # fmt: skip
         return session(plain)
 
     def ort_static() -> Run:
         from onnxruntime.quantization import quantize_static
 
-        quantize_static(plain, static, Batches(calibrating))
+        if not static.exists():
+            quantize_static(plain, static, Batches(calibrating))
         return session(static)
 
     def ort_dynamic() -> Run:
         from onnxruntime.quantization import quantize_dynamic
 
-        quantize_dynamic(plain, dynamic)
+        if not dynamic.exists():
+            quantize_dynamic(plain, dynamic)
         return session(dynamic)
 
     def nncf_default() -> Run:
-        import nncf
         import openvino
 
-        images = nncf.Dataset([calibrating[place : place + 1] for place in range(len(calibrating))])
-        model = nncf.quantize(openvino.convert_model(plain), images)
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": usable_cores()})
+        if not nncf_file.exists():
+            import nncf
+
+            images = nncf.Dataset([calibrating[place : place + 1] for place in range(len(calibrating))])
+            openvino.save_model(nncf.quantize(openvino.convert_model(plain), images), nncf_file, compress_to_fp16=False)
+        settings = {"INFERENCE_NUM_THREADS": usable_cores()}
+        compiled = openvino.Core().compile_model(nncf_file, "CPU", settings)
         return lambda given: np.array(compiled([given])[0])
 
     def compiled() -> Run:
@@ -112,24 +124,86 @@ def others(graph: EncoderGraph, calibrating: np.ndarray, work: Path) -> dict[str
         run(calibrating[:1])
         return run
 
-    for name, make in {
+    return {
         PLAIN: plain_export,
         "torch.compile": compiled,
         "quantize_static, defaults": ort_static,
         "quantize_dynamic, defaults": ort_dynamic,
         "NNCF, defaults": nncf_default,
-    }.items():
+    }
+
+
+def rows(name: str, work: Path, images: np.ndarray) -> dict[str, Callable[[], Run]]:
+    """How each row of the table is opened, by its label; the bundle has to be there.
+
+    Args:
+        name: Of the encoder.
+        work: Where its bundle lies and the other tools' files are put.
+        images: (N, H, W, 3) uint8 for their calibration.
+    """
+    bundle = work / "bundle"
+    manifest = Bundle.open(bundle).manifest
+    entries = {entry.file: entry for entry in manifest.artefacts}
+    assert manifest.tuned is not None
+    graph, _ = trained_graph(name)
+
+    def eager() -> Run:
+        def run(given: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                return graph(torch.from_numpy(given))[0].numpy()
+
+        return run
+
+    def artefact(file: str) -> Run:
+        opened = formats.get(entries[file].format).load(bundle / file, RunOptions(threads=usable_cores()))
+        return lambda given: opened.compute(given, ("embedding",))["embedding"]
+
+    def ours() -> Run:
+        encoder = Encoder(bundle)
+        return lambda given: encoder.run(given)["embedding"]
+
+    tuned = manifest.tuned
+    return {
+        EAGER: eager,
+        **{f"ours, {file}": partial(artefact, file) for file in entries},
+        OURS: ours,
+        BARE: lambda: native(bundle / tuned.file, entries[tuned.file].format, tuned),
+        **others(graph, images[:CALIBRATING], work),
+    }
+
+
+def opened(makers: dict[str, Callable[[], Run]], example: np.ndarray) -> dict[str, Run]:
+    """Those that can be opened and run on ``example``; a tool that fails by its defaults is a result."""
+    runs: dict[str, Run] = {}
+    for label, make in makers.items():
         try:
             with quiet():
                 run = make()
-                run(calibrating[:1])
-            made[name] = run
-        except Exception as error:  # a tool that fails by its defaults is a result
-            print(f"  {name} failed: {type(error).__name__}: {str(error)[:150]}", flush=True)
-    return made
+                run(example)
+            runs[label] = run
+        except Exception as error:
+            print(f"  {label} failed: {type(error).__name__}: {str(error)[:150]}", flush=True)
+    return runs
 
 
-def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
+def trained_graph(name: str) -> tuple[EncoderGraph, Preprocessing]:
+    loaded = load_checkpoint(encoders.trained(name))
+    assert loaded.preprocessing is not None
+    return EncoderGraph(loaded.model, loaded.preprocessing, ("embedding",)), loaded.preprocessing
+
+
+def timed(name: str, work: Path, batch: int, budget_s: float) -> dict[str, Any]:
+    """The latency of the rows in this process, interleaved; at batch 8 only of those that the ratios need."""
+    images = np.load(work / "test.npy")
+    makers = rows(name, work, images)
+    # A round of all rows at batch 8 takes too long to repeat often.
+    few = {label: make for label, make in makers.items() if batch == 1 or label in (EAGER, OURS, BARE, PLAIN)}
+    given = np.ascontiguousarray(images[:batch])
+    calls = {label: partial(run, given) for label, run in opened(few, given).items()}
+    return measure_candidates(calls, budget_s=budget_s, rounds=15).to_dict()
+
+
+def measured(name: str, work: Path, budget_s: float, processes: int) -> dict[str, Any]:
     began = time.perf_counter()
     run_dir = encoders.trained(name)
     encoder = encoders.SPEED[name]
@@ -138,6 +212,8 @@ def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
     folder, gallery, test = split(data, work)
     bundle = work / "bundle"
     if not bundle.exists():
+        for made in OTHERS_FILES:
+            (work / made).unlink(missing_ok=True)
         with (work / "export.log").open("w") as said:
             export(run_dir, formats=("onnx", "openvino"), precisions=("int8", "bf16"), tune_s=120, data=folder,
                    out=bundle, outputs=["embedding"], say=lambda line: print(line, file=said, flush=True))  # fmt: skip
@@ -145,34 +221,19 @@ def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
     assert manifest.tuned is not None
     print(f"  exported in {time.perf_counter() - began:.0f} s: {manifest.tuned.file}", flush=True)
 
-    loaded = load_checkpoint(run_dir)
-    assert loaded.preprocessing is not None
-    graph = EncoderGraph(loaded.model, loaded.preprocessing, ("embedding",))
-    images = {part: loaded.preprocessing.batch(paths) for part, paths in (("gallery", gallery), ("test", test))}
+    graph, preprocessing = trained_graph(name)
+    images = {part: preprocessing.batch(paths) for part, paths in (("gallery", gallery), ("test", test))}
     classes = sorted({path.parent.name for path in [*gallery, *test]})
     labels = {part: np.array([classes.index(path.parent.name) for path in paths])
               for part, paths in (("gallery", gallery), ("test", test))}  # fmt: skip
-
-    def eager(given: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return graph(torch.from_numpy(given))[0].numpy()
-
-    runs: dict[str, Run] = {EAGER: eager}
+    np.save(work / "test.npy", images["test"][:8])
     entries = {entry.file: entry for entry in manifest.artefacts}
-    for file, entry in entries.items():
-        opened = formats.get(entry.format).load(bundle / file, RunOptions(threads=usable_cores()))
-        runs[f"ours, {file}"] = lambda given, opened=opened: opened.compute(given, ("embedding",))["embedding"]
-    ours = Encoder(bundle)
-    runs[OURS] = lambda given: ours.run(given)["embedding"]
-    tuned = entries[manifest.tuned.file]
-    runs["its bare session"] = native(bundle / tuned.file, tuned.format, manifest.tuned)
-    runs |= others(graph, images["gallery"][:CALIBRATING], work)
+    makers = rows(name, work, images["gallery"])
+    runs = opened({label: make for label, make in makers.items() if label != BARE}, images["gallery"][:1])
 
     fidelity: dict[str, dict[str, float | None]] = {}
     reference: dict[str, np.ndarray] = {}
     for label, run in runs.items():
-        if label == "its bare session":
-            continue
         found = {part: np.concatenate([run(pixels[start : start + 32]) for start in range(0, len(pixels), 32)])
                  for part, pixels in images.items()}  # fmt: skip
         reference = reference or found
@@ -184,13 +245,16 @@ def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
             "knn": accuracy,
         }
     print(f"  fidelity known after {time.perf_counter() - began:.0f} s", flush=True)
-    timed = {}
-    for batch in (1, 8):
-        given = np.ascontiguousarray(images["test"][:batch])
-        # At batch 8 only what the ratios need: a round of all rows takes too long to repeat often.
-        few = [label for label in runs if batch == 1 or label in (EAGER, OURS, "its bare session", PLAIN)]
-        calls = {label: partial(runs[label], given) for label in few}
-        timed[str(batch)] = measure_candidates(calls, budget_s=budget_s, rounds=15).to_dict()
+    runs.clear()
+    times: dict[str, list[dict[str, Any]]] = {}
+    for batch in ("1", "8"):
+        out = work / "timed.json"
+        command = [sys.executable, __file__, "--only", name, "--work", work.parent, "--budget", str(budget_s),
+                   "--time", batch, "--out", out]  # fmt: skip
+        for _ in range(processes):
+            subprocess.run(command, check=True)
+            times.setdefault(batch, []).append(json.loads(out.read_text()))
+    print(f"  timed after {time.perf_counter() - began:.0f} s", flush=True)
     return {
         "family": encoder.family,
         "images": "ELPV solar cells" if encoder.cells else "Fashion-MNIST",
@@ -202,7 +266,7 @@ def measured(name: str, work: Path, budget_s: float) -> dict[str, Any]:
                       for file, entry in entries.items() if entry.reduction},
         "fidelity": fidelity,
         "neighbours_of": sum(map(len, images.values())),
-        "timed": timed,
+        "timed": times,
         "seconds": time.perf_counter() - began,
         "machine": machine(),
     }  # fmt: skip
@@ -258,7 +322,9 @@ def page(found: dict[str, Any]) -> str:
         f"{first['cpu']}, {first['cores']} cores, {first['system']}; torch {first['torch']}, onnxruntime "
         f"{first['onnxruntime']}; {first['date']}. Written by benchmarks/speed.py.",
         "",
-        "All rows of a table are from one interleaved run in one process; a ratio is of the medians. The A/A control "
+        "Rows are timed interleaved, in one process or in several fresh ones, as PyTorch's own speed differs between "
+        "processes; a ratio is of the medians within a process, and of several processes the middle one with the least "
+        "and the greatest in brackets. The A/A control "
         "is the first row as a second candidate. Neighbours (share of images that keep their nearest one among "
         f"{HELD_OUT}) and margin ({HELD_OUT} images) are against PyTorch eager; kNN (k=20) is accuracy on {HELD_OUT} "
         f"images with {GALLERY} others as gallery. None of these took part in calibration, search or "
@@ -271,47 +337,65 @@ def page(found: dict[str, Any]) -> str:
         kept = {file: len(entry["kept"]) for file, entry in result["reduction"].items()}
         shapes = ", shapes fixed" if tuned.get("batches") else ""
         shapes += f" in {tuned['streams']} streams" if tuned.get("streams", 1) > 1 else ""
-        lines += [f"Tuned to {tuned['file']} with {tuned['threads']} thread(s){shapes}. Layers put back to float: "
-                  + ", ".join(f"{file}: {count}" for file, count in kept.items())
-                  + f". Neighbours of {result.get('neighbours_of', HELD_OUT)} images.", ""]  # fmt: skip
+        put_back = ", ".join(f"{file}: {count}" for file, count in kept.items())
+        lines += [f"Tuned to {tuned['file']} with {tuned['threads']} thread(s){shapes}. "
+                  + (f"Layers put back to float: {put_back}. " if kept else "No smaller file keeps the goal. ")
+                  + f"Neighbours of {result.get('neighbours_of', HELD_OUT)} images.", ""]  # fmt: skip
         lines += ["| | times faster than eager, batch 1 | batch 8 | than plain ONNX Runtime, batch 1 | batch 8 | "
                   "neighbours | margin | kNN |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        times = {batch: {row["name"]: row for row in timed["candidates"]} for batch, timed in result["timed"].items()}
-        for label in times["1"]:
-            against = [_ratio(times[batch], base, label) for base in (EAGER, PLAIN) for batch in ("1", "8")]
+        # A result of before latency was measured in several processes holds one.
+        runs = {batch: timed if isinstance(timed, list) else [timed] for batch, timed in result["timed"].items()}
+        for label in [row["name"] for row in runs["1"][0]["candidates"]]:
+            against = [_range(_ratios(runs[batch], base, label)) for base in (EAGER, PLAIN) for batch in ("1", "8")]
             facts = result["fidelity"].get(label)
             shown = ["", "", ""] if facts is None else [
                 f"{facts['agreement']:.1%}", f"{facts['margin']:.3f}", f"{facts['knn']:.1%}"]  # fmt: skip
             bold = "**" if label == OURS else ""
             lines.append("| " + " | ".join([f"{bold}{label}{bold}", *against, *shown]) + " |")
-        controls = [f"batch {batch}: {timed['control']['ratio'] - 1:+.1%}" for batch, timed in result["timed"].items()
-                    if timed["control"]]  # fmt: skip
-        over = [f"batch {batch}: {times[batch][OURS]['p50_ms'] / times[batch]['its bare session']['p50_ms'] - 1:+.1%}"
-                for batch in times if {OURS, "its bare session"} <= set(times[batch])]  # fmt: skip
-        lines += ["", f"A/A control {', '.join(controls)}. `Encoder` over its bare session: {', '.join(over)}.", ""]
+        controls = [f"batch {batch}: {', '.join(f'{one:+.1%}' for one in ones)}" for batch, timed in runs.items()
+                    if (ones := [one["control"]["ratio"] - 1 for one in timed if one["control"]])]  # fmt: skip
+        over = [f"batch {batch}: {', '.join(f'{ratio - 1:+.1%}' for ratio in _ratios(timed, OURS, BARE))}"
+                for batch, timed in runs.items()]  # fmt: skip
+        lines += ["", f"A/A control, by process, {'; '.join(controls)}. `Encoder` over its bare session, by process, "
+                      f"{'; '.join(over)}. Measured {result['machine']['date']}.", ""]  # fmt: skip
     return "\n".join(lines)
 
 
-def _ratio(times: dict[str, Any], base: str, label: str) -> str:
-    if base not in times or label not in times:
+def _ratios(processes: list[dict[str, Any]], base: str, label: str) -> list[float]:
+    """How many times the time of ``label`` the one of ``base`` is, in each process that measured both."""
+    times = [{row["name"]: row["p50_ms"] for row in one["candidates"]} for one in processes]
+    return [one[base] / one[label] for one in times if {base, label} <= set(one)]
+
+
+def _range(ratios: list[float]) -> str:
+    if not ratios:
         return "–"
-    return f"{times[base]['p50_ms'] / times[label]['p50_ms']:.2f}"
+    spread = f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f}{spread}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", action="append", choices=encoders.SPEED)
     parser.add_argument("--work", type=Path, default=Path(__file__).parents[1] / "runs" / "speed")
-    parser.add_argument("--budget", type=float, default=150.0, help="seconds for each batch size")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds for a process")
+    parser.add_argument("--processes", type=int, default=3, help="for each batch size")
+    parser.add_argument("--time", type=int, help="only the latency at this batch size, in this process, into --out")
+    parser.add_argument("--out", type=Path, help="of --time")
+    parser.add_argument("--page", action="store_true", help="only write results/speed.md from what is measured")
     options = parser.parse_args()
+    if options.time:
+        (name,) = options.only
+        options.out.write_text(json.dumps(timed(name, options.work / name, options.time, options.budget)))
+        return
     store = RESULTS / "speed.json"
-    for name in options.only or encoders.SPEED:
+    for name in [] if options.page else options.only or encoders.SPEED:
         print(name, flush=True)
-        result = measured(name, options.work / name, options.budget)
+        result = measured(name, options.work / name, options.budget, options.processes)
         found = json.loads(store.read_text()) if store.exists() else {}
         found[name] = result
         store.write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "speed.md").write_text(page(found))
+    (RESULTS / "speed.md").write_text(page(json.loads(store.read_text())))
 
 
 if __name__ == "__main__":
