@@ -48,7 +48,7 @@ from byol_deploy.bench import measure_candidates
 from byol_deploy.environment import gpus, installed_version
 from byol_deploy.errors import ByolDeployError, UsageError
 from byol_deploy.formats import RunOptions, Signature
-from byol_deploy.formats._onnx_cuda import OnDevice, open_captured
+from byol_deploy.formats._onnx_cuda import OnDevice
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.parity import NOISE_MULTIPLE, derive_limits, neighbour_agreement, relative_l2, separation_margin
 from byol_deploy.pipeline.reference import real_images
@@ -84,12 +84,13 @@ def ways(graph: EncoderGraph, files: dict[str, Path], device: str) -> list[Way]:
     kind = device.partition(":")[0]
     host, there = "host", "device"
 
-    def eager(half: bool = False, compiled: bool = False) -> Given:
+    def eager(half: bool = False, compiled: bool = False, captured: bool = False) -> Given:
         import copy
 
         model: Any = copy.deepcopy(graph).to(device)
         model = model.half() if half else model
-        model = torch.compile(model, dynamic=False) if compiled else model
+        mode = "reduce-overhead" if captured else None
+        model = torch.compile(model, dynamic=False, mode=mode) if compiled else model
 
         def run(images: Any) -> Any:
             with torch.inference_mode():
@@ -113,12 +114,13 @@ def ways(graph: EncoderGraph, files: dict[str, Path], device: str) -> list[Way]:
         run = OnDevice(create_session(file(what), kind), kind)
         return lambda images: run([OUTPUT], {"images": images})[0]
 
-    def bound(what: str, provider: str = kind) -> Given:
-        run = OnDevice(create_session(file(what), provider), kind)
+    def bound(what: str, provider: str = kind, **options: str) -> Given:
+        run = OnDevice(create_session(file(what), provider, provider_options=options), kind)
         return lambda images: run.tensors(images, [OUTPUT])[OUTPUT]
 
-    def captured(what: str) -> Given:
-        run = open_captured(file(what))
+    def captured(what: str, **options: str) -> Given:
+        session = create_session(file(what), kind, provider_options={"enable_cuda_graph": "1", **options})
+        run = OnDevice(session, captured=True)
         return lambda images: run.tensors(images, [OUTPUT])[OUTPUT]
 
     def engine(what: str) -> Given:
@@ -130,13 +132,21 @@ def ways(graph: EncoderGraph, files: dict[str, Path], device: str) -> list[Way]:
         Way(EAGER, there, eager),
         Way("torch.compile", there, partial(eager, compiled=True)),
         Way("ONNX Runtime CUDA, bound tensors", there, partial(bound, "onnx fp32")),
+        Way("ONNX Runtime CUDA, bound tensors, channels last", there, partial(bound, "onnx fp32", prefer_nhwc="1")),
         Way("ONNX Runtime CUDA, CUDA graph", there, partial(captured, "onnx fp32")),
         Way("ONNX Runtime TensorRT, bound tensors", there, partial(bound, "onnx fp32", "tensorrt")),
         Way("TensorRT engine", there, partial(engine, "tensorrt fp32")),
         Way("PyTorch eager, fp16", there, partial(eager, half=True)),
         Way("torch.compile, fp16", there, partial(eager, half=True, compiled=True)),
+        Way("torch.compile, CUDA graph, fp16", there, partial(eager, half=True, compiled=True, captured=True)),
         Way("ONNX Runtime CUDA, bound tensors, fp16", there, partial(bound, "onnx fp16")),
         Way("ONNX Runtime CUDA, CUDA graph, fp16", there, partial(captured, "onnx fp16")),
+        Way(
+            "ONNX Runtime CUDA, bound tensors, channels last, fp16", there, partial(bound, "onnx fp16", prefer_nhwc="1")
+        ),
+        Way(
+            "ONNX Runtime CUDA, CUDA graph, channels last, fp16", there, partial(captured, "onnx fp16", prefer_nhwc="1")
+        ),
         Way("ONNX Runtime TensorRT, bound tensors, fp16", there, partial(bound, "onnx fp16", "tensorrt")),
         Way("TensorRT engine, fp16", there, partial(engine, "tensorrt fp16")),
         Way("TensorRT engine, int8", there, partial(engine, "tensorrt int8")),
@@ -156,6 +166,10 @@ def write_files(graph: EncoderGraph, calibrating: np.ndarray, folder: Path) -> t
     calibration = Calibration(calibrating, "x86-vnni")
     for name, precisions in (("onnx", ("fp16",)), ("tensorrt", ("fp16", "int8"))):
         format = formats.get(name)
+        reason = format.runs_here()
+        if reason:
+            missing |= {f"{name} {precision}": reason for precision in ("fp32", *precisions)}
+            continue
         full = folder / f"model{format.suffix}"
         format.export(graph, signature, full, {})
         found[f"{name} fp32"] = full

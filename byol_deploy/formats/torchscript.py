@@ -20,7 +20,7 @@ from byol_deploy.errors import BundleError, ProviderError
 from byol_deploy.formats import Opened, RunOptions, Signature, _torchscript_file
 from byol_deploy.formats._defaults import Defaults
 from byol_deploy.formats._layers import Call, LayeredFile
-from byol_deploy.formats._torch_program import threads
+from byol_deploy.formats._torch_program import threads, without_tf32
 from byol_deploy.formats._tracing import as_export_error, quiet
 
 # Not a batch size that the parity check runs, and not 1, which broadcasts.
@@ -46,7 +46,8 @@ class _TorchScript(Defaults):
         generator = torch.Generator().manual_seed(0)
         example = torch.randint(0, 256, (_EXAMPLE_BATCH, size, size, 3), dtype=torch.uint8, generator=generator)
         packed = io.BytesIO()
-        with as_export_error(), quiet(), torch.no_grad():
+        # A trace writes down whether convolutions may round to TF32 on a GPU, as the process has it set.
+        with as_export_error(), quiet(), torch.no_grad(), without_tf32():
             # Its own check runs the traced tensor again; ours runs other images at other batch sizes.
             traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(traced, packed, _extra_files=dict(carried))
@@ -56,7 +57,8 @@ class _TorchScript(Defaults):
     def load(self, path: Path, options: RunOptions) -> Opened:
         """See :meth:`byol_deploy.formats.Format.load`.
 
-        ``options.threads`` holds while the file runs; PyTorch has one number for the whole process.
+        ``options.threads`` holds while the file runs; PyTorch has one number for the whole process. TF32 is off
+        meanwhile, in the whole process too.
         """
         import torch
 
@@ -69,7 +71,7 @@ class _TorchScript(Defaults):
 
         def compute(images: np.ndarray, names: Sequence[str] | None) -> dict[str, np.ndarray]:
             optimized = torch.jit.optimized_execution(options.optimization != "none")  # type: ignore[attr-defined]
-            with threads(options.threads), torch.inference_mode(), quiet(), optimized:
+            with threads(options.threads), without_tf32(), torch.inference_mode(), quiet(), optimized:
                 values = module(torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device))
             # Left to the comparison where they are not as many: names that nobody expects fail there.
             numbered = [f"output_{place}" for place in range(len(values))]
@@ -110,7 +112,7 @@ class _TorchScript(Defaults):
 
         @contextlib.contextmanager
         def settings() -> Iterator[None]:
-            with threads(options.threads), quiet():
+            with threads(options.threads), without_tf32(), quiet():
                 yield
 
         return TorchScriptLayers(_open(path, _device(options.provider)), calls, slots, images, settings)
