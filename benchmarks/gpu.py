@@ -8,7 +8,7 @@ What is measured, interleaved in one process (byol_deploy.bench), for each batch
   buffers that stay on the device (what ``Encoder(provider="cuda")`` does);
 * on tensors that lie on the device and stay there: PyTorch eager and ``torch.compile``, ONNX Runtime with bound
   tensors, with a CUDA graph, through its TensorRT provider, and the engine that the format ``tensorrt`` builds;
-* most of these in float16 too.
+* most of these in float16 too, and ONNX Runtime with convolutions channels last, as byol-deploy opens float16 files.
 
 TF32 is off everywhere, so that float32 means float32. Beside the speed stands what each row computes, on 64
 photographs, compared with the same model in PyTorch on the CPU: error in noise floors, neighbours, margin
@@ -114,12 +114,13 @@ def ways(graph: EncoderGraph, files: dict[str, Path], device: str) -> list[Way]:
         run = OnDevice(create_session(file(what), kind), kind)
         return lambda images: run([OUTPUT], {"images": images})[0]
 
-    def bound(what: str, provider: str = kind, **options: str) -> Given:
-        run = OnDevice(create_session(file(what), provider, provider_options=options), kind)
+    def bound(what: str, provider: str = kind, channels_last: bool = False) -> Given:
+        run = OnDevice(create_session(file(what), provider, channels_last=channels_last), kind)
         return lambda images: run.tensors(images, [OUTPUT])[OUTPUT]
 
-    def captured(what: str, **options: str) -> Given:
-        session = create_session(file(what), kind, provider_options={"enable_cuda_graph": "1", **options})
+    def captured(what: str, channels_last: bool = False) -> Given:
+        graphs = {"enable_cuda_graph": "1"}
+        session = create_session(file(what), kind, channels_last=channels_last, provider_options=graphs)
         run = OnDevice(session, captured=True)
         return lambda images: run.tensors(images, [OUTPUT])[OUTPUT]
 
@@ -132,7 +133,7 @@ def ways(graph: EncoderGraph, files: dict[str, Path], device: str) -> list[Way]:
         Way(EAGER, there, eager),
         Way("torch.compile", there, partial(eager, compiled=True)),
         Way("ONNX Runtime CUDA, bound tensors", there, partial(bound, "onnx fp32")),
-        Way("ONNX Runtime CUDA, bound tensors, channels last", there, partial(bound, "onnx fp32", prefer_nhwc="1")),
+        Way("ONNX Runtime CUDA, bound tensors, channels last", there, partial(bound, "onnx fp32", channels_last=True)),
         Way("ONNX Runtime CUDA, CUDA graph", there, partial(captured, "onnx fp32")),
         Way("ONNX Runtime TensorRT, bound tensors", there, partial(bound, "onnx fp32", "tensorrt")),
         Way("TensorRT engine", there, partial(engine, "tensorrt fp32")),
@@ -142,10 +143,14 @@ def ways(graph: EncoderGraph, files: dict[str, Path], device: str) -> list[Way]:
         Way("ONNX Runtime CUDA, bound tensors, fp16", there, partial(bound, "onnx fp16")),
         Way("ONNX Runtime CUDA, CUDA graph, fp16", there, partial(captured, "onnx fp16")),
         Way(
-            "ONNX Runtime CUDA, bound tensors, channels last, fp16", there, partial(bound, "onnx fp16", prefer_nhwc="1")
+            "ONNX Runtime CUDA, bound tensors, channels last, fp16",
+            there,
+            partial(bound, "onnx fp16", channels_last=True),
         ),
         Way(
-            "ONNX Runtime CUDA, CUDA graph, channels last, fp16", there, partial(captured, "onnx fp16", prefer_nhwc="1")
+            "ONNX Runtime CUDA, CUDA graph, channels last, fp16",
+            there,
+            partial(captured, "onnx fp16", channels_last=True),
         ),
         Way("ONNX Runtime TensorRT, bound tensors, fp16", there, partial(bound, "onnx fp16", "tensorrt")),
         Way("TensorRT engine, fp16", there, partial(engine, "tensorrt fp16")),
@@ -336,7 +341,10 @@ def as_markdown(found: dict[str, Any]) -> str:
             control = timed["control"]
             told = "none" if control is None else f"{control['ratio'] - 1:+.1%} ({control['low'] - 1:+.1%} to " \
                 f"{control['high'] - 1:+.1%})"  # fmt: skip
-            lines.append(f"Batch {batch}: A/A control {told}, {timed['rounds']} rounds. {' '.join(timed['warnings'])}")
+            eager = rows[batch].get(f"{EAGER}, device")
+            median = "" if eager is None else f"{EAGER}'s median {eager['p50_ms']:.2f} ms. "
+            lines.append(f"Batch {batch}: {median}A/A control {told}, {timed['rounds']} rounds. "
+                         f"{' '.join(timed['warnings'])}")  # fmt: skip
             lines += [f"Batch {batch}, {label} broke off: {why}" for label, why in timed["failed"].items()]
             lines.append("")
         if result["failed"]:

@@ -18,6 +18,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,9 +47,11 @@ def open_captured(path: str | os.PathLike[str]) -> OnDevice:
         BundleError: It is damaged, or a part of it cannot run on the GPU.
         ProviderError: CUDA does not work here.
     """
+    from byol_deploy.formats import _onnx_file
     from byol_deploy.providers import create_session
 
-    session = create_session(path, "cuda", provider_options={"enable_cuda_graph": "1"})
+    channels_last = _onnx_file.holds_float16(Path(path))
+    session = create_session(path, "cuda", channels_last=channels_last, provider_options={"enable_cuda_graph": "1"})
     return OnDevice(session, captured=True)
 
 

@@ -23,7 +23,8 @@ from byol_deploy.manifest import is_plain_path
 
 _VARINT, _EIGHT, _BLOCK, _FOUR = 0, 1, 2, 5
 _GRAPH, _METADATA = 7, 14  # of ModelProto
-_OUTPUT = 12  # of GraphProto
+_INITIALIZER, _OUTPUT = 5, 12  # of GraphProto
+_DATA_TYPE, _FLOAT16 = 2, 10  # of TensorProto, and the value of TensorProto.DataType
 _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 # Where tensors can be, by the kind of message: field number to the kind of message inside.
 _INSIDE: Mapping[str, Mapping[int, str]] = {
@@ -116,6 +117,18 @@ def outputs(path: Path) -> tuple[Output, ...]:
     with _opened(path) as data:
         graph = next(field for field in _top(data) if field.number == _GRAPH)
         return tuple(_output(data, field) for field in _inside(data, graph, _OUTPUT))
+
+
+def holds_float16(path: Path) -> bool:
+    """Whether any weight of a graph is float16.
+
+    Raises:
+        BundleError: It is not an ONNX file, or damaged.
+    """
+    with _opened(path) as data:
+        graph = next(field for field in _top(data) if field.number == _GRAPH)
+        tensors = _inside(data, graph, _INITIALIZER)
+        return any(_FLOAT16 in _numbers(data, tensor, _DATA_TYPE) for tensor in tensors)
 
 
 def with_outputs(path: Path, names: Sequence[str]) -> bytes | None:

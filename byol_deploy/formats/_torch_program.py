@@ -105,7 +105,8 @@ def without_tf32() -> Iterator[None]:
     import torch
 
     global _inside
-    switches = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    cudnn: Any = torch.backends.cudnn
+    switches: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     with _switches:
         if _inside == 0:
             _before[:] = [switch.fp32_precision for switch in switches]

@@ -83,7 +83,8 @@ class _Onnx:
         part = None if options.outputs is None else _onnx_file.with_outputs(path, options.outputs)
         source = path if part is None else part
         session = create_session(source, options.provider, options.threads, options.optimization,
-                                 allow_spinning=options.allow_spinning)  # fmt: skip
+                                 allow_spinning=options.allow_spinning,
+                                 channels_last=_onnx_file.holds_float16(path))  # fmt: skip
         inputs = [_port(entry) for entry in session.get_inputs()]
         if len(inputs) != 1:
             raise BundleError(f"{path} takes {len(inputs)} inputs; an encoder takes one, the images")

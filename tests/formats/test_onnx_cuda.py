@@ -17,11 +17,12 @@ import onnx
 import pytest
 import torch
 
-from byol_deploy import formats
+from byol_deploy import formats, providers
 from byol_deploy.errors import ProviderError, UsageError
 from byol_deploy.formats import RunOptions, _onnx_cuda
 from byol_deploy.formats._onnx_cuda import OnDevice, open_captured, runner
 from byol_deploy.providers import create_session, probe_provider
+from byol_deploy.quantization import Calibration
 
 tiny = runpy.run_path(str(Path(__file__).parents[1] / "tiny_encoder.py"))
 SIDE = 16
@@ -184,3 +185,39 @@ def test_a_gpu_gets_bound_buffers(session: Any) -> None:
             return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     assert isinstance(runner(OnGpu()), OnDevice)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("captured", [False, True])
+def test_float16_runs_channels_last_on_cuda(
+    half: bool, captured: bool, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if half:
+        reduced = tmp_path / "half.onnx"
+        full = formats.get("onnx")
+        full.reducer(None, None, file, "fp16", Calibration(images(16), "x86")).write(reduced, {}, "", ())
+        file = reduced
+    asked: list[Any] = []
+
+    class Noting:
+        """Stands in for a session on a GPU."""
+
+        def __init__(self, source: Any, options: Any, *, providers: Any, **rest: Any) -> None:
+            asked.append(providers)
+            self._session = real(source, options, providers=["CPUExecutionProvider"], **rest)
+            self.get_inputs, self.get_outputs = self._session.get_inputs, self._session.get_outputs
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    real = providers.onnxruntime.InferenceSession
+    monkeypatch.setattr(providers.onnxruntime, "InferenceSession", Noting)
+    monkeypatch.setattr(providers, "_probe", lambda full: (True, "a stand-in"))
+    if captured:
+        open_captured(file)
+    else:
+        formats.get("onnx").load(file, RunOptions("cuda"))
+    (((name, options), last),) = asked
+    assert (name, last) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    graphs = {"enable_cuda_graph": "1"} if captured else {}
+    assert options == {"use_tf32": "0", "prefer_nhwc": "1" if half else "0", **graphs}
