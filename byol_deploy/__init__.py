@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from byol_deploy.bundle import Bundle
     from byol_deploy.evaluation import evaluate
+    from byol_deploy.formats._onnx_cuda import OnDevice
     from byol_deploy.parity import ParityReport
     from byol_deploy.pipeline import export, verify
     from byol_deploy.recipe import Recipe
@@ -33,6 +34,7 @@ _HOME = {
     "DeepLabV3Backbone": "byol_deploy.training.backbones",
     "Encoder": "byol_deploy.runtime",
     "NegativeCosineSimilarity": "byol_deploy.training.losses",
+    "OnDevice": "byol_deploy.formats._onnx_cuda",
     "ParityReport": "byol_deploy.parity",
     "Recipe": "byol_deploy.recipe",
     "evaluate": "byol_deploy.evaluation",
@@ -49,6 +51,7 @@ __all__ = [
     "DeepLabV3Backbone",
     "Encoder",
     "NegativeCosineSimilarity",
+    "OnDevice",
     "ParityReport",
     "Recipe",
     "evaluate",

@@ -18,6 +18,7 @@ NAMES = {
     "LARS",
     "MLP",
     "NegativeCosineSimilarity",
+    "OnDevice",
     "ParityReport",
     "Recipe",
     "evaluate",

@@ -3,7 +3,7 @@
 ``session.run`` allocates on the device and copies both ways at every call. Here each batch size has buffers of its own
 that stay, and who has a tensor on the device already copies nothing at all::
 
-    run = OnDevice(encoder.session)           # or open_captured("bundle/model.onnx")
+    run = OnDevice.open("bundle/model.onnx")      # or OnDevice(encoder.session)
     embedding = run.tensors(images)["embedding"]  # (N, H, W, 3) uint8 and (N, D) float32, both torch tensors on cuda
 
 A CUDA graph replays all kernels of one shape with a single launch, which helps small batches, where launching costs
@@ -40,21 +40,6 @@ def runner(session: Any) -> Runner:
     return run
 
 
-def open_captured(path: str | os.PathLike[str]) -> OnDevice:
-    """Open an ONNX file so that each batch size becomes a CUDA graph.
-
-    Raises:
-        BundleError: It is damaged, or a part of it cannot run on the GPU.
-        ProviderError: CUDA does not work here.
-    """
-    from byol_deploy.formats import _onnx_file
-    from byol_deploy.providers import create_session
-
-    channels_last = _onnx_file.holds_float16(Path(path))
-    session = create_session(path, "cuda", channels_last=channels_last, provider_options={"enable_cuda_graph": "1"})
-    return OnDevice(session, captured=True)
-
-
 class _Slot(NamedTuple):
     """Buffers on the device for one batch size, and the binding that names them."""
 
@@ -71,7 +56,7 @@ class OnDevice:
         session: An ``onnxruntime.InferenceSession`` of one input.
         device: ONNX Runtime's and PyTorch's name of the kind of device.
         index: Which one of that kind.
-        captured: Whether the session was opened for CUDA graphs, see :func:`open_captured`.
+        captured: Whether the session was opened for CUDA graphs, see :meth:`open`.
     """
 
     def __init__(self, session: Any, device: str = "cuda", index: int = 0, *, captured: bool = False) -> None:
@@ -88,6 +73,27 @@ class OnDevice:
         self._lock = threading.Lock()
         self._graphs: dict[tuple[int, ...], _Slot] = {}
         self._numbers = itertools.count(1)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> OnDevice:
+        """Open an ONNX file on the GPU.
+
+        Args:
+            path: The file, e.g. ``bundle/model.fp16.onnx``.
+            cuda_graphs: Whether each batch size becomes a CUDA graph, with buffers that it keeps. On an H200 that took
+                .4 of the time in float16 at batch 1, and .94 at batch 64 (benchmarks/results/gpu.md, ResNet-18).
+
+        Raises:
+            BundleError: It is damaged, or with ``cuda_graphs`` a part of it cannot run on the GPU.
+            ProviderError: CUDA does not work here.
+        """
+        from byol_deploy.formats import _onnx_file
+        from byol_deploy.providers import create_session
+
+        graphs = {"enable_cuda_graph": "1"} if cuda_graphs else {}
+        channels_last = _onnx_file.holds_float16(Path(path))
+        session = create_session(path, "cuda", channels_last=channels_last, provider_options=graphs)
+        return cls(session, captured=cuda_graphs)
 
     def __call__(self, names: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """As ``session.run``: arrays in the host's memory, copied to and from buffers that stay on the device."""

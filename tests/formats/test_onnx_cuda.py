@@ -20,7 +20,7 @@ import torch
 from byol_deploy import formats, providers
 from byol_deploy.errors import ProviderError, UsageError
 from byol_deploy.formats import RunOptions, _onnx_cuda
-from byol_deploy.formats._onnx_cuda import OnDevice, open_captured, runner
+from byol_deploy.formats._onnx_cuda import OnDevice, runner
 from byol_deploy.providers import create_session, probe_provider
 from byol_deploy.quantization import Calibration
 
@@ -165,7 +165,7 @@ def test_the_cpu_keeps_session_run(session: Any, file: Path) -> None:
     assert runner(session) == session.run
     assert formats.get("onnx").load(file, RunOptions()).provider == "CPUExecutionProvider"
     with pytest.raises(ProviderError, match="provider cuda does not work here"):
-        open_captured(file)
+        OnDevice.open(file, cuda_graphs=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -214,7 +214,7 @@ def test_float16_runs_channels_last_on_cuda(
     monkeypatch.setattr(providers.onnxruntime, "InferenceSession", Noting)
     monkeypatch.setattr(providers, "_probe", lambda full: (True, "a stand-in"))
     if captured:
-        open_captured(file)
+        OnDevice.open(file, cuda_graphs=True)
     else:
         formats.get("onnx").load(file, RunOptions("cuda"))
     (((name, options), last),) = asked

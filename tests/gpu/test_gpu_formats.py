@@ -13,7 +13,7 @@ import torch
 from byol_deploy import Encoder, export, formats, verify
 from byol_deploy.errors import ExportError
 from byol_deploy.formats import RunOptions, Signature
-from byol_deploy.formats._onnx_cuda import OnDevice, open_captured, runner
+from byol_deploy.formats._onnx_cuda import OnDevice, runner
 from byol_deploy.graph import EncoderGraph
 from byol_deploy.parity import compare, derive_limits, separation_margin
 from byol_deploy.preprocess import Preprocessing
@@ -110,7 +110,7 @@ def test_a_tensor_that_is_still_being_written_is_waited_for(graph: EncoderGraph,
 
 @pytest.fixture(scope="module")
 def captured(onnx_file: Path) -> OnDevice:
-    return open_captured(onnx_file)
+    return OnDevice.open(onnx_file, cuda_graphs=True)
 
 
 def test_graphs_of_several_shapes_replay_on_new_images(graph: EncoderGraph, captured: OnDevice) -> None:
