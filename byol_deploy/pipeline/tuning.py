@@ -91,9 +91,10 @@ def tune(
     measured: dict[str, dict[str, Any]] = {}
     for place, batch in enumerate(TUNED_BATCHES):
         given = images[np.arange(batch) % len(images)]
+        alike = {name: next(other for other in scores if _alike(runs[name], runs[other], batch)) for name in scores}
         try:
             found = measure_candidates(
-                {name: partial(_run, runs[name][0], given, output) for name in scores},
+                {name: partial(_run, runs[name][0], given, output) for name in dict.fromkeys(alike.values())},
                 budget_s=left / (len(TUNED_BATCHES) - place),
                 control=partial(_run, again, given, output),
             )
@@ -112,13 +113,16 @@ def tune(
             say(f"  {candidate.name}, batch {batch}: {candidate.p50_ms:.2f} ms, {ratio:.2f}x {base.name}")
         for warning in found.warnings:
             say(f"WARNING {warning}")
-        measured[str(batch)] = found.to_dict()
-        scores = {
-            candidate.name: [*scores[candidate.name], candidate.p50_ms / fastest]
+        measured[str(batch)] = told = found.to_dict()
+        told["candidates"] += [row | {"name": name} for name, same in alike.items() if name != same
+                               for row in told["candidates"] if row["name"] == same]  # fmt: skip
+        contending = {
+            candidate.name: candidate.p50_ms / fastest
             for candidate in found.candidates
             # The first one is what all are compared with, and what the control opens again.
             if candidate.p50_ms <= _CONTENDS * fastest or candidate is base
         }
+        scores = {name: [*scores[name], contending[same]] for name, same in alike.items() if same in contending}
         left = budget_s - (time.perf_counter() - began)
     best = min(scores, key=lambda name: math.prod(scores[name]))
     say(f"tuned: {best}")
@@ -136,8 +140,17 @@ def _options(format: formats.Format) -> list[RunOptions]:
     if format.can_wait_idly and cores > 1:
         found.append(replace(every, allow_spinning=False))
     if format.can_fix_batches:
-        found += [prepared(every), replace(prepared(every), streams=1)]
+        found += [replace(prepared(every), streams=1), prepared(every)]
     return list(dict.fromkeys([*found, RunOptions(threads=1)]))
+
+
+def _alike(one: tuple[Opened, Artefact, RunOptions], other: tuple[Opened, Artefact, RunOptions], batch: int) -> bool:
+    """Whether two candidates do the same with so many images: measured twice, noise would decide between them."""
+
+    def as_run(options: RunOptions) -> RunOptions:
+        return replace(options, streams=1) if batch % options.streams else options
+
+    return one[1].file == other[1].file and as_run(one[2]) == as_run(other[2])
 
 
 def _words(options: RunOptions) -> str:
