@@ -78,13 +78,14 @@ class _Onnx:
     def load(self, path: Path, options: RunOptions) -> Opened:
         """See :meth:`byol_deploy.formats.Format.load`."""
         from byol_deploy.formats._onnx_cuda import runner
-        from byol_deploy.providers import create_session
+        from byol_deploy.providers import CPU, create_session
 
+        # Asked of GPUs alone, so that what has no ONNX file's bytes (.ort) opens on the CPU too.
+        half = options.provider.lower() not in ("cpu", CPU.lower()) and _onnx_file.holds_float16(path)
         part = None if options.outputs is None else _onnx_file.with_outputs(path, options.outputs)
         source = path if part is None else part
         session = create_session(source, options.provider, options.threads, options.optimization,
-                                 allow_spinning=options.allow_spinning,
-                                 channels_last=_onnx_file.holds_float16(path))  # fmt: skip
+                                 allow_spinning=options.allow_spinning, channels_last=half)  # fmt: skip
         inputs = [_port(entry) for entry in session.get_inputs()]
         if len(inputs) != 1:
             raise BundleError(f"{path} takes {len(inputs)} inputs; an encoder takes one, the images")
