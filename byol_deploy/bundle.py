@@ -40,7 +40,6 @@ from byol_deploy.manifest import (
     Manifest,
     ModelInfo,
     Output,
-    is_plain_path,
 )
 from byol_deploy.sealing import (
     CARRIED_ARTEFACT_KEY,
@@ -51,6 +50,7 @@ from byol_deploy.sealing import (
     read_artefact,
     seal_artefact,
 )
+from byol_deploy.strict_json import is_plain_path
 
 __all__ = [
     "CARRIED_ARTEFACT_KEY",

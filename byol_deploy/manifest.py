@@ -17,21 +17,19 @@ from typing import Any, Literal
 from byol_deploy import __version__
 from byol_deploy.errors import BundleError
 from byol_deploy.preprocess import Preprocessing
+from byol_deploy.strict_json import MAX_TEXT, Reader, is_finite, short
 
 SCHEMA = 1
 """The manifest schema that this version writes and reads."""
 READABLE_FROM = "0.1.0"
 """The first version that reads :data:`SCHEMA`."""
 
-_MAX_ITEMS = 100_000
 _MOST_IMAGES = 4096  # that a runtime is prepared for at once: it reserves their memory
 _MAX_CASES = 1000
-_MAX_TEXT = 4096
 _VERSION = re.compile(r"\d+(\.\d+){0,3}[0-9a-z.+-]{0,20}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARAMETER_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-_WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -281,7 +279,7 @@ class Manifest:
         if not isinstance(data, Mapping):
             raise BundleError(f"{name} is a JSON {type(data).__name__}, not an object; copy or export it again")
         _check_schema(data, name)
-        read = _Reader(data)
+        read = Reader(data)
         model = read.section("model")
         manifest_input = read.section("input")
         try:
@@ -320,7 +318,7 @@ class Manifest:
             artefacts=artefacts,
             tuned=_tuned(read, artefacts),
             recipe=read.mapping("recipe") if data.get("recipe") is not None else None,
-            written_by={key: str(value)[:_MAX_TEXT] for key, value in read.mapping("written_by").items()},
+            written_by={key: str(value)[:MAX_TEXT] for key, value in read.mapping("written_by").items()},
             created=read.text("created"),
             readable_from=read.text("readable_from", _VERSION),
         )
@@ -330,137 +328,45 @@ class Manifest:
         return manifest
 
 
-def is_plain_path(name: str) -> bool:
-    """Whether ``name`` is a relative path with forward slashes that stays in its folder on every system."""
-    parts = name.split("/")
-    return (
-        0 < len(name) <= 255
-        and not any(char in '\\:*?"<>|' or ord(char) < 32 for char in name)
-        and not any(part in ("", ".", "..") or part != part.strip(" ") or part.endswith(".") for part in parts)
-        and not any(_WINDOWS_RESERVED.fullmatch(part) for part in parts)
-    )
-
-
-class _Reader:
-    """Reads typed values from one JSON object and notes every fault with its place."""
-
-    def __init__(self, data: Mapping[str, Any], place: str = "", faults: list[str] | None = None) -> None:
-        self.data = data
-        self.place = place
-        self.faults: list[str] = [] if faults is None else faults
-
-    def fault(self, key: str, expected: str) -> None:
-        where = f"{self.place}.{key}" if self.place else key
-        found = f"is {_short(self.data[key])}" if key in self.data else "is missing"
-        self.faults.append(f"{where} {found}; it must be {expected}")
-
-    def text(self, key: str, pattern: re.Pattern[str] | None = None) -> str:
-        value = self.data.get(key)
-        if not isinstance(value, str) or len(value) > _MAX_TEXT or (pattern and not pattern.fullmatch(value)):
-            self.fault(key, f"text like {pattern.pattern}" if pattern else "text")
-            return ""
-        return value
-
-    def path(self, key: str) -> str:
-        value = self.text(key)
-        if isinstance(self.data.get(key), str) and not is_plain_path(value):
-            self.fault(key, "a path that stays in the bundle, such as model.onnx")
-        return value
-
-    def choice(self, key: str, only: Any) -> Any:
-        if self.data.get(key) != only:
-            self.fault(key, repr(only))
-        return only
-
-    def count(self, key: str, low: int = 0) -> int:
-        value = self.data.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
-            self.fault(key, f"a whole number from {low}")
-            return low
-        return value
-
-    def optional_count(self, key: str) -> int | None:
-        return self.count(key) if self.data.get(key) is not None else None
-
-    def counts(self, key: str, low: int, high: int) -> tuple[int, ...]:
-        values = self.sequence(key)
-        whole = all(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high for value in values)
-        if not whole:
-            self.fault(key, f"a list of whole numbers from {low} to {high}")
-            return ()
-        return tuple(values)
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        value = self.data.get(key)
-        if not isinstance(value, Mapping):
-            self.fault(key, "an object")
-            return {}
-        return value
-
-    def sequence(self, key: str) -> Sequence[Any]:
-        value = self.data.get(key)
-        if not isinstance(value, list) or len(value) > _MAX_ITEMS:
-            self.fault(key, f"a list of at most {_MAX_ITEMS} items")
-            return []
-        return value
-
-    def section(self, key: str) -> _Reader:
-        return _Reader(self.mapping(key), f"{self.place}.{key}" if self.place else key, self.faults)
-
-    def items(self, key: str) -> list[_Reader]:
-        values = self.sequence(key)
-        if not all(isinstance(value, Mapping) for value in values):
-            self.fault(key, "a list of objects")
-            return []
-        return [_Reader(value, f"{key}[{number}]", self.faults) for number, value in enumerate(values)]
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        values = self.sequence(key)
-        if not all(isinstance(value, str) and len(value) <= _MAX_TEXT for value in values):
-            self.fault(key, "a list of texts")
-            return ()
-        return tuple(values)
-
-
 def _check_schema(data: Mapping[str, Any], name: str) -> None:
     schema = data.get("schema")
     if schema == SCHEMA and not isinstance(schema, bool):
         return
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise BundleError(
-            f"{name} is not a byol-deploy manifest: its schema is {_short(schema)}; pass an export of ours"
+            f"{name} is not a byol-deploy manifest: its schema is {short(schema)}; pass an export of ours"
         )
     since = data.get("readable_from")
     version = since if isinstance(since, str) and _VERSION.fullmatch(since) else None
     install = f"'byol-deploy>={version}'" if version else "--upgrade byol-deploy"
     raise BundleError(
-        f"{name} has schema {_short(schema)}; byol-deploy {__version__} reads schema {SCHEMA}. "
+        f"{name} has schema {short(schema)}; byol-deploy {__version__} reads schema {SCHEMA}. "
         f"{'Version ' + version if version else 'A newer version'} reads it: pip install {install}"
     )
 
 
-def _preprocessing(section: _Reader) -> Preprocessing:
+def _preprocessing(section: Reader) -> Preprocessing:
     own = {"name", "dtype", "layout"}
     return Preprocessing.from_dict({key: value for key, value in section.data.items() if key not in own})
 
 
-def _golden(section: _Reader) -> GoldenFile:
+def _golden(section: Reader) -> GoldenFile:
     return GoldenFile(section.path("file"), section.text("sha256", _SHA256), section.count("count", 1))
 
 
-def _limits(section: _Reader) -> dict[str, Mapping[str, Any]]:
+def _limits(section: Reader) -> dict[str, Mapping[str, Any]]:
     limits: dict[str, Mapping[str, Any]] = {}
     for name in section.data:
         values = section.mapping(name)
         lists = [value if isinstance(value, list) else [value] for value in values.values()]
-        if not all(len(numbers) <= _MAX_CASES and all(map(_is_finite, numbers)) for numbers in lists):
+        if not all(len(numbers) <= _MAX_CASES and all(map(is_finite, numbers)) for numbers in lists):
             section.fault(name, "an object of finite numbers")
         else:
             limits[name] = dict(values)
     return limits
 
 
-def _artefact(item: _Reader) -> Artefact:
+def _artefact(item: Reader) -> Artefact:
     extra = [
         ExtraFile(entry.path("file"), entry.text("sha256", _SHA256), entry.count("bytes"))
         for entry in item.items("extra_files")
@@ -478,7 +384,7 @@ def _artefact(item: _Reader) -> Artefact:
     )
 
 
-def _tuned(read: _Reader, artefacts: Sequence[Artefact]) -> Tuned | None:
+def _tuned(read: Reader, artefacts: Sequence[Artefact]) -> Tuned | None:
     if read.data.get("tuned") is None:
         return None
     section = read.section("tuned")
@@ -494,16 +400,6 @@ def _tuned(read: _Reader, artefacts: Sequence[Artefact]) -> Tuned | None:
     if found.file not in [artefact.file for artefact in artefacts]:
         section.fault("file", "one of the artefacts")
     return found
-
-
-def _is_finite(value: object) -> bool:
-    # The bound keeps out whole numbers that no float can hold.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _no_constant(name: str) -> Callable[[], None]:

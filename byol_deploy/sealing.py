@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from byol_deploy.errors import BundleError
-from byol_deploy.manifest import is_plain_path
+from byol_deploy.strict_json import is_plain_path, short
 
 CARRIED_MANIFEST_KEY = "byol_deploy.manifest"
 CARRIED_GOLDEN_KEY = "byol_deploy.golden"
@@ -207,7 +207,7 @@ def _faults(data: Mapping[str, Any]) -> list[str]:
         "texts": (lambda value: is_texts(value) and all(map(is_hash, value.values())), "hashes by key"),
     }
     return [
-        f"{key} is {_short(data[key])}; it must be {expected}" if key in data else f"{key} is missing"
+        f"{key} is {short(data[key])}; it must be {expected}" if key in data else f"{key} is missing"
         for key, (holds, expected) in checks.items()
         if not holds(data.get(key))
     ]
@@ -224,8 +224,3 @@ def _own_hash(document: Mapping[str, Any]) -> str:
 
 def _hash(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

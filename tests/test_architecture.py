@@ -29,6 +29,7 @@ LAYERS = {
     "preprocess": "1",
     "recipe": "1",
     "manifest": "1",
+    "strict_json": "1",
     "bundle": "1",
     "calibration": "1",
     "golden": "1",

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from byol_deploy.errors import BundleError
 from byol_deploy.images import printable
-from byol_deploy.manifest import is_plain_path
+from byol_deploy.strict_json import is_plain_path
 
 _VARINT, _EIGHT, _BLOCK, _FOUR = 0, 1, 2, 5
 _GRAPH, _METADATA = 7, 14  # of ModelProto

@@ -14,7 +14,7 @@ from pathlib import Path
 from byol_deploy.errors import BundleError
 from byol_deploy.formats._defaults import Defaults
 from byol_deploy.images import printable
-from byol_deploy.manifest import is_plain_path
+from byol_deploy.strict_json import is_plain_path
 
 _SUFFIX = ".byol.json"
 _MAX_BYTES = 128 << 20
