@@ -214,7 +214,8 @@ def test_float16_runs_channels_last_on_cuda(
     monkeypatch.setattr(providers.onnxruntime, "InferenceSession", Noting)
     monkeypatch.setattr(providers, "_probe", lambda full: (True, "a stand-in"))
     if captured:
-        OnDevice.open(file, cuda_graphs=True)
+        run = OnDevice.open(file, outputs=["embedding"], cuda_graphs=True)
+        assert list(run.outputs) == ["embedding"]
     else:
         formats.get("onnx").load(file, RunOptions("cuda"))
     (((name, options), last),) = asked
