@@ -121,7 +121,7 @@ def test_precisions_and_targets_that_do_not_exist(tiny_run: Path, tmp_path: Path
 def tuned(tiny_run: Path, fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("openvino")
     out = tmp_path_factory.mktemp("tuned") / "bundle"
-    return export(tiny_run, formats=["onnx", "openvino"], precisions=["bf16"], tune_s=8, agreement=0.9, data=fashion,
+    return export(tiny_run, formats=["onnx", "openvino"], precisions=["bf16"], tune_s=15, agreement=0.9, data=fashion,
                   out=out).path  # fmt: skip
 
 
